@@ -1,0 +1,397 @@
+//! The verb `apply`: from a call to a kernel that is as asked for and a ledger that says so, or to nothing changed.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use crate::context::Context;
+use crate::error::refused;
+use crate::front::{Apply, Place};
+use crate::instance::{self, Instance, Process};
+use crate::kernel::netns::{Namespace, NetnsId, Visit};
+use crate::kernel::{self, Change, Kernel, RouteState};
+use crate::ledger::record::{Record, VERSION, Writer};
+use crate::ledger::setting::{Claim, Setting};
+use crate::ledger::{self, Ledger, Locks};
+use crate::plan::{Holder, HostSetting, Input, Plan, scope};
+use crate::release;
+use crate::request::Request;
+use crate::request::setting::{self, SettingKey};
+
+/// What came of it.
+pub enum Done {
+    /// Nobody asked for anything.
+    Nothing(Option<String>),
+    /// `--dry-run`.
+    Planned(Box<Request>, Box<Plan>),
+    /// It is in force; whether anything had to be changed for it.
+    Applied(Box<Record>, bool),
+}
+
+/// Sets the container up. The error says what went wrong; everything has been undone then.
+pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
+    if call.request.is_empty() {
+        return Ok(Done::Nothing(None));
+    }
+    let (mut visit, process) = open(&call.place)?;
+    let host_by_default = visit.target_is_host() && call.request.is_only_defaults();
+    if visit.target_is_host() && !context.policy.host_namespace {
+        if host_by_default {
+            return Ok(Done::Nothing(Some(
+                "it uses the host's network, which the policy's defaults leave alone".into(),
+            )));
+        }
+        return Err(refused(
+            "it uses the host's own network namespace, which is not a container's to set up; host-namespace = \"allow\" in the policy would allow it",
+        ));
+    }
+    let instance = Instance {
+        container: call.container.clone(),
+        boot_id: instance::boot_id()?,
+        pid: process.map(|(pid, _)| pid),
+        start_time: process.map(|(_, process)| process.start_time),
+        netns: visit.id()?,
+        netns_path: call.netns_path.clone(),
+    };
+    let Some(kernel) = kernel::open(visit, context.deadline)? else {
+        bail!(
+            "this kernel ({}) has no MPTCP: neither net.mptcp.enabled nor /proc/net/mptcp_net is there",
+            kernel::release()
+        );
+    };
+    Work { call, context, instance, kernel }.run(dry_run)
+}
+
+/// Opens the namespace. The pid comes with what tells its process from a later one of the same pid.
+fn open(place: &Place) -> Result<(Visit, Option<(u32, Process)>)> {
+    match place {
+        Place::Process(pid) => {
+            let (namespace, process) = instance::open_netns_of(*pid)?;
+            Ok((Visit::to(namespace, Some(*pid))?, Some((*pid, process))))
+        }
+        Place::Inside(pid) => {
+            let process = pid.and_then(|pid| Some((pid, Process::read(pid).ok()?)));
+            Ok((Visit::already_inside()?, process))
+        }
+        Place::Path(path) => {
+            let namespace = Namespace::open(path)
+                .with_context(|| format!("cannot open the network namespace {}", path.display()))?;
+            Ok((Visit::to(namespace, None)?, None))
+        }
+    }
+}
+
+/// One apply under way.
+struct Work<'a> {
+    call: Apply,
+    context: &'a Context,
+    instance: Instance,
+    kernel: Box<dyn Kernel>,
+}
+
+/// How far the steps have come.
+#[derive(Default)]
+struct Progress {
+    begun: usize,
+    finished: usize,
+}
+
+/// What was read before the plan was made.
+struct Known {
+    request: Request,
+    /// The ledger's record of this container, of whichever life.
+    record: Option<Record>,
+    /// The container's present claims on host-wide settings.
+    own_claims: BTreeMap<SettingKey, Claim>,
+    plan: Plan,
+}
+
+impl Work<'_> {
+    fn run(mut self, dry_run: bool) -> Result<Done> {
+        let container = self.instance.container.key();
+        if dry_run {
+            let ledger = Ledger::open(&self.context.state_dir)?;
+            let known = self.plan(ledger.as_ref(), None)?;
+            return Ok(Done::Planned(Box::new(known.request), Box::new(known.plan)));
+        }
+        let ledger = Ledger::create(&self.context.state_dir)?;
+        // Which settings are the host's is known only once the kernel was read; their locks come before that.
+        let mut keys = self.host_keys(ledger.record(&container)?.as_ref());
+        let (known, locks) = loop {
+            let locks = ledger.lock(&container, Some(&self.instance.netns), &keys, self.context.deadline)?;
+            let known = self.plan(Some(&ledger), Some(&keys))?;
+            let missing: Vec<SettingKey> = self.unlocked(&known, &keys);
+            if missing.is_empty() {
+                break (known, locks);
+            }
+            drop(locks);
+            keys.extend(missing);
+        };
+        self.carry_out(&ledger, &locks, known)
+    }
+
+    /// The settings that may be the host's, before anything was read.
+    fn host_keys(&self, record: Option<&Record>) -> Vec<SettingKey> {
+        let kind = kernel::Kind::detect();
+        let asked = self.call.request.settings().into_keys().filter(|key| scope::may_be_host(key, kind)).cloned();
+        let before = record.into_iter().flat_map(Record::host_claims).cloned();
+        let mut keys: Vec<SettingKey> = asked.chain(before).collect();
+        keys.sort();
+        keys.dedup();
+        keys
+    }
+
+    fn unlocked(&self, known: &Known, locked: &[SettingKey]) -> Vec<SettingKey> {
+        let claimed = known.plan.claims.iter().map(|claim| &claim.key);
+        let before = known.record.iter().flat_map(Record::host_claims);
+        claimed.chain(before).filter(|key| !locked.contains(key)).cloned().collect()
+    }
+
+    /// Reads everything and makes the plan. With `locked` keys, what a killed hook left half done is finished first.
+    fn plan(&mut self, ledger: Option<&Ledger>, locked: Option<&[SettingKey]>) -> Result<Known> {
+        let container = self.instance.container.key();
+        let record = match ledger {
+            Some(ledger) => ledger.record(&container)?,
+            None => None,
+        };
+        let same_life = record.as_ref().is_some_and(|record| record.instance.is_same_life(&self.instance));
+        if let Some(record) =
+            record.as_ref().filter(|record| !same_life && record.instance.is_alive(&self.instance.boot_id))
+        {
+            bail!(
+                "the id {} belongs to another container that is alive (pid {})",
+                record.instance.container.id,
+                record.instance.pid.map_or("unknown".into(), |pid| pid.to_string())
+            );
+        }
+        let request = match &record {
+            Some(record) if same_life => self.call.request.clone().on_top_of(&record.request)?,
+            _ => self.call.request.clone(),
+        };
+        let keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
+        let facts = self.kernel.facts(&keys)?;
+        let siblings = match ledger {
+            Some(ledger) => ledger.siblings(&container, &self.instance.netns, &self.instance.boot_id)?,
+            None => Vec::new(),
+        };
+        let mut host = BTreeMap::new();
+        let mut own_claims = BTreeMap::new();
+        if let Some(ledger) = ledger {
+            for (key, seen) in &facts.settings {
+                if scope::of(key, facts.kind, seen) != Ok(ledger::record::Scope::Host) || !keys.contains(key) {
+                    continue;
+                }
+                let page = ledger.setting(key);
+                if locked.is_some_and(|locked| locked.contains(key)) {
+                    if let Some(actual) = seen.host.value() {
+                        page.recover(actual)?;
+                    }
+                }
+                // Who else relies on it matters only where it has to change: a shared start reads one small file.
+                let wanted = request.settings().get(key).map(|(_, value)| *value);
+                let as_wanted = seen.host.value().zip(wanted).is_some_and(|(a, b)| setting::same(key, a, b));
+                let setting = if as_wanted { page.read_value()? } else { page.read()? };
+                if let Some(setting) = setting {
+                    host.insert(key.clone(), self.host_setting(&setting));
+                }
+                own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
+            }
+        }
+        let previous = record.clone().filter(|record| record.instance.netns == self.instance.netns);
+        let plan = Plan::make(&Input {
+            request: &request,
+            policy: &self.context.policy,
+            facts: &facts,
+            container: &self.instance.container.id,
+            previous: previous.as_ref(),
+            siblings: &siblings,
+            host: &host,
+            time: ledger::now(),
+        })?;
+        Ok(Known { request, record, own_claims, plan })
+    }
+
+    fn host_setting(&self, setting: &Setting) -> HostSetting {
+        let own = self.instance.container.key();
+        let (live, dead): (Vec<&Claim>, Vec<&Claim>) = setting
+            .claims
+            .iter()
+            .filter(|claim| claim.instance.container.key() != own)
+            .partition(|claim| claim.instance.is_alive(&self.instance.boot_id));
+        HostSetting {
+            original: setting.original.clone(),
+            value: setting.value.clone(),
+            claims: live
+                .into_iter()
+                .map(|claim| Holder {
+                    container: claim.instance.container.key(),
+                    id: claim.instance.container.id.clone(),
+                    value: claim.value.clone(),
+                })
+                .collect(),
+            dead: dead.into_iter().map(|claim| claim.instance.container.key()).collect(),
+        }
+    }
+
+    /// The record as it will be.
+    fn record(&self, known: &Known, at_work: Option<Writer>) -> Record {
+        let mut warnings = self.call.notes.clone();
+        warnings.extend(known.plan.warnings.iter().cloned());
+        Record {
+            version: VERSION,
+            name: known.request.name().unwrap_or(&self.instance.container.id).into(),
+            runtime: self.instance.container.door.name().into(),
+            kernel: kernel::Kind::detect(),
+            instance: self.instance.clone(),
+            request: known.request.clone(),
+            at_work,
+            interfaces: known.plan.interfaces.clone(),
+            leaving: if at_work.is_some() { known.plan.leaving.clone() } else { Vec::new() },
+            limits: known.plan.limits,
+            settings: known.plan.settings.clone(),
+            warnings,
+            time: ledger::now(),
+        }
+    }
+
+    fn carry_out(mut self, ledger: &Ledger, locks: &Locks, known: Known) -> Result<Done> {
+        if let Some(reason) = known.plan.refusal() {
+            ledger.record_conflicts(&known.plan.conflicts)?;
+            if known.record.is_none() {
+                ledger.discard_locks(locks, &self.instance.container.key(), &self.instance.netns)?;
+            }
+            return Err(refused(reason));
+        }
+        if known.plan.steps.is_empty() {
+            // Perhaps there is nothing to do at all: the same start twice.
+            let mut same = self.record(&known, None);
+            self.complete(&mut same)?;
+            if known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
+                return Ok(Done::Applied(Box::new(same), false));
+            }
+        }
+        let me = std::process::id();
+        let at_work = Writer { pid: me, start_time: Process::read(me)?.start_time };
+        let mut progress = Progress::default();
+        match self.work(ledger, &known, at_work, &mut progress) {
+            Ok(record) => {
+                self.forget_earlier_life(ledger, &known)?;
+                ledger.record_conflicts(&known.plan.conflicts)?;
+                Ok(Done::Applied(Box::new(record), !known.plan.steps.is_empty()))
+            }
+            Err(error) => Err(self.undo(ledger, locks, &known, &progress, error)),
+        }
+    }
+
+    /// Announces, does, reads back, writes down.
+    fn work(&mut self, ledger: &Ledger, known: &Known, at_work: Writer, progress: &mut Progress) -> Result<Record> {
+        let plan = &known.plan;
+        ledger.write_record(&self.record(known, Some(at_work)))?;
+        for claim in &plan.claims {
+            if let Some(written) = &claim.written {
+                ledger.setting(&claim.key).intend(&self.instance, &claim.key, &written.before, &claim.value)?;
+            }
+        }
+        for step in &plan.steps {
+            progress.begun += 1;
+            self.kernel.perform(&step.change).with_context(|| format!("asked for by {}", step.why))?;
+            progress.finished += 1;
+        }
+        let changes: Vec<&Change> = plan.steps.iter().map(|step| &step.change).collect();
+        self.kernel.confirm(&changes)?;
+        let mut record = self.record(known, None);
+        self.complete(&mut record)?;
+        for claim in &plan.claims {
+            let page = ledger.setting(&claim.key);
+            page.enter(claim, &self.instance)?;
+        }
+        ledger.write_record(&record)?;
+        Ok(record)
+    }
+
+    /// The kernel's ids of our endpoints and the routes of their packets.
+    fn complete(&mut self, record: &mut Record) -> Result<()> {
+        if record.interfaces.iter().all(|interface| interface.endpoints.is_empty()) {
+            return Ok(());
+        }
+        let endpoints = self.kernel.endpoints()?;
+        for interface in &mut record.interfaces {
+            let mut routes = Vec::new();
+            for owned in &mut interface.endpoints {
+                if let Some(found) = endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) {
+                    owned.id = found.id;
+                }
+                let route = self.kernel.route(owned.address, owned.index)?;
+                if route == RouteState::Missing {
+                    record.warnings.push(format!(
+                        "{}: no route out for packets from {}; subflows there will hang (add a default route by {0} with a higher metric, or ip rule from {1})",
+                        interface.name, owned.address
+                    ));
+                }
+                routes.push(route);
+            }
+            interface.route = RouteState::worst(&routes);
+        }
+        Ok(())
+    }
+
+    /// Undoes what was performed, in reverse, and puts the ledger back.
+    fn undo(
+        mut self,
+        ledger: &Ledger,
+        locks: &Locks,
+        known: &Known,
+        progress: &Progress,
+        error: anyhow::Error,
+    ) -> anyhow::Error {
+        let mut failures = Vec::new();
+        for (number, step) in known.plan.steps.iter().enumerate().take(progress.begun).rev() {
+            let Some(reverse) = &step.undo else { continue };
+            if let Err(failure) = self.kernel.perform(reverse) {
+                // A change that failed may have changed nothing, and then there is nothing to reverse.
+                if number < progress.finished {
+                    failures.push(format!("cannot {reverse}: {failure:#}"));
+                }
+            }
+        }
+        let settle = || -> Result<()> {
+            for claim in &known.plan.claims {
+                let page = ledger.setting(&claim.key);
+                page.leave_as_before(claim, &self.instance, known.own_claims.get(&claim.key))?;
+            }
+            match &known.record {
+                Some(record) => ledger.write_record(record)?,
+                None => {
+                    ledger.remove_record(&self.record(known, None))?;
+                    ledger.discard_locks(locks, &self.instance.container.key(), &self.instance.netns)?;
+                }
+            }
+            Ok(())
+        };
+        if failures.is_empty() {
+            // If the ledger cannot be put back, its record stays `interrupted` and the next release finishes it.
+            if let Err(failure) = settle() {
+                failures.push(format!("{failure:#}"));
+            }
+        }
+        if failures.is_empty() {
+            error.context("nothing was changed")
+        } else {
+            anyhow!("{error:#}; undoing it failed as well: {}; run mptcp-hook release", failures.join("; "))
+        }
+    }
+
+    /// The claims of an earlier life that this one does not have any more.
+    fn forget_earlier_life(&mut self, ledger: &Ledger, known: &Known) -> Result<()> {
+        let Some(record) = &known.record else { return Ok(()) };
+        let kept: Vec<&SettingKey> = known.plan.claims.iter().map(|claim| &claim.key).collect();
+        let gone: Vec<SettingKey> = record.host_claims().filter(|key| !kept.contains(key)).cloned().collect();
+        release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, &gone)?;
+        let netns: &NetnsId = &record.instance.netns;
+        if *netns != self.instance.netns {
+            ledger.leave_namespace(&self.instance.container.key(), netns)?;
+        }
+
+        Ok(())
+    }
+}

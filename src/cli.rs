@@ -1,0 +1,555 @@
+//! The command line: one table of flags, from which the parser and the help texts come.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use lexopt::Arg;
+
+use crate::error::usage;
+use crate::front::command::Target;
+use crate::request::{self, Rank, Source, What, Wish};
+
+/// The policy file, unless `--config` names another.
+pub const CONFIG: &str = "/etc/mptcp-hook/config.toml";
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Action {
+    /// Print this text.
+    Print(String),
+    /// An OCI hook; the wishes of its entry.
+    Oci(Vec<Wish>),
+    /// An LXC hook; the wishes on its line, and the words that LXC appended.
+    Lxc(Vec<Wish>, Vec<String>),
+    /// Set a container up by hand.
+    Apply {
+        /// Which.
+        target: Target,
+        /// What is asked for.
+        wishes: Vec<Wish>,
+        /// Only say what would be done.
+        dry_run: bool,
+        /// As JSON.
+        json: bool,
+    },
+    /// Let a container go by hand.
+    Release(Target),
+    /// Let all containers go that are dead.
+    ReleaseStale,
+    /// Show the ledger.
+    Status {
+        /// Only this container.
+        name: Option<String>,
+        /// As JSON.
+        json: bool,
+    },
+}
+
+/// Options that stand before or after any verb.
+#[derive(Debug, Default)]
+pub struct Globals {
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// `--state-dir`.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// The verbs that are built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// OCI hook.
+    Oci,
+    /// LXC hook.
+    Lxc,
+    /// By hand.
+    Apply,
+    /// By hand.
+    Release,
+    /// The ledger.
+    Status,
+}
+
+struct VerbHelp {
+    verb: Verb,
+    name: &'static str,
+    usage: &'static str,
+    what: &'static str,
+    example: &'static str,
+}
+
+const VERBS: [VerbHelp; 5] = [
+    VerbHelp {
+        verb: Verb::Oci,
+        name: "oci",
+        usage: "mptcp-hook oci [REQUEST]",
+        what: "OCI hook: reads the container's state from standard input. Sets the container up at prestart,\n\
+               createRuntime, createContainer and poststart, and lets it go at poststop. The container's annotations\n\
+               under mptcp-hook/ and the REQUEST on the hook's line say what is wanted.",
+        example: "Example, in a bundle's config.json (or see hooks/ for podman and CRI-O):\n  \
+                  \"hooks\": {\"createRuntime\": [{\"path\": \"/usr/local/bin/mptcp-hook\",\n    \
+                  \"args\": [\"mptcp-hook\", \"oci\", \"--interface\", \"eth1=backup\"]}]}",
+    },
+    VerbHelp {
+        verb: Verb::Lxc,
+        name: "lxc",
+        usage: "mptcp-hook lxc [REQUEST]",
+        what: "LXC hook, versions 0 and 1: sets the container up at start-host and lets it go at post-stop.",
+        example: "Example, in the container's configuration:\n  \
+                  lxc.hook.start-host = /usr/local/bin/mptcp-hook lxc --interface eth1=backup\n  \
+                  lxc.hook.post-stop = /usr/local/bin/mptcp-hook lxc",
+    },
+    VerbHelp {
+        verb: Verb::Apply,
+        name: "apply",
+        usage: "mptcp-hook apply TARGET [REQUEST] [--dry-run] [--json]",
+        what: "Sets a running container up by hand, or changes what it was set up with: what is asked for here comes on\n\
+               top of what its hook asked for.",
+        example: "Example: make eth1 of the container \"web\" a normal path; its live connections switch at once:\n  \
+                  mptcp-hook apply web --interface eth1=subflow",
+    },
+    VerbHelp {
+        verb: Verb::Release,
+        name: "release",
+        usage: "mptcp-hook release TARGET | --stale",
+        what: "Undoes everything that was set up for a container, and puts host-wide values back that only it relied on.",
+        example: "Example: let go of what containers left behind that were killed with their runtime:\n  \
+                  mptcp-hook release --stale",
+    },
+    VerbHelp {
+        verb: Verb::Status,
+        name: "status",
+        usage: "mptcp-hook status [NAME] [--json]",
+        what: "Shows which containers are set up how, which rely on which host-wide setting, and who was refused and why.\n\
+               Takes no lock and changes nothing.",
+        example: "Example:\n  mptcp-hook status web --json",
+    },
+];
+
+/// The words of the contract that this version does not have.
+const NOT_BUILT: [&str; 5] = ["doctor", "capture", "agent", "repair", "install"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Id {
+    Interface,
+    Limit,
+    Sysctl,
+    Module,
+    OnConflict,
+    Name,
+    Routes,
+    Mptcp,
+    Follow,
+    Pid,
+    Netns,
+    DryRun,
+    Json,
+    Stale,
+    Config,
+    StateDir,
+    Help,
+    Version,
+    /// In the contract, but not in this version.
+    NotBuilt,
+}
+
+struct Flag {
+    id: Id,
+    long: &'static str,
+    value: Option<&'static str>,
+    verbs: &'static [Verb],
+    what: &'static str,
+}
+
+const REQUEST: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply];
+const TARGET: &[Verb] = &[Verb::Apply, Verb::Release];
+const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status];
+
+const fn flag(
+    id: Id,
+    long: &'static str,
+    value: Option<&'static str>,
+    verbs: &'static [Verb],
+    what: &'static str,
+) -> Flag {
+    Flag { id, long, value, verbs, what }
+}
+
+const FLAGS: &[Flag] = &[
+    flag(
+        Id::Interface,
+        "interface",
+        Some("NAME=FLAG[,FLAG...]"),
+        REQUEST,
+        "subflow, signal, backup, fullmesh, laminar, off, default, or a number as in\n/sys/class/net/eth0/flags (0x101003 = backup). NAME may hold * and ?. Repeatable.",
+    ),
+    flag(Id::Limit, "limit", Some("LIMIT=N"), REQUEST, "subflows or add_addr_accepted, 0 to 8. Repeatable."),
+    flag(
+        Id::Sysctl,
+        "sysctl",
+        Some("KEY=VALUE"),
+        REQUEST,
+        "A net.* sysctl; a KEY without dot or slash is net.mptcp.KEY. Repeatable.",
+    ),
+    flag(
+        Id::Module,
+        "module",
+        Some("MODULE.PARAM=VALUE"),
+        REQUEST,
+        "An MPTCP module's parameter, such as mptcp_fullmesh.num_subflows=2. Repeatable.",
+    ),
+    flag(
+        Id::OnConflict,
+        "on-conflict",
+        Some("refuse|warn|override"),
+        REQUEST,
+        "What to do where others rely on another value; refuse if not said.",
+    ),
+    flag(Id::Name, "name", Some("NAME"), REQUEST, "The name to show, and of the file in containers.d."),
+    flag(Id::Routes, "routes", Some("off"), REQUEST, "auto is not in this version yet."),
+    flag(Id::Mptcp, "mptcp", Some("default"), REQUEST, "off and force are not in this version yet."),
+    flag(Id::Follow, "follow", Some("never"), REQUEST, "auto and always are not in this version yet."),
+    flag(Id::Pid, "pid", Some("PID"), TARGET, "TARGET: the namespace of this process."),
+    flag(
+        Id::Netns,
+        "netns",
+        Some("PATH"),
+        TARGET,
+        "TARGET: the namespace bound to this path, such as /run/netns/NAME.",
+    ),
+    flag(Id::DryRun, "dry-run", None, &[Verb::Apply], "Say what would be done and why, and do nothing."),
+    flag(Id::Json, "json", None, &[Verb::Apply, Verb::Status], "Print JSON."),
+    flag(Id::Stale, "stale", None, &[Verb::Release], "All containers that are dead."),
+    flag(Id::Config, "config", Some("FILE"), ALL, "The policy file (/etc/mptcp-hook/config.toml)."),
+    flag(Id::StateDir, "state-dir", Some("DIR"), ALL, "The ledger's directory (/run/mptcp-hook)."),
+    flag(Id::Help, "help", None, ALL, "Print this help."),
+    flag(Id::Version, "version", None, ALL, "Print the version."),
+    flag(Id::NotBuilt, "prometheus", None, &[Verb::Status], ""),
+    flag(Id::NotBuilt, "watch", None, &[Verb::Status], ""),
+];
+
+/// The verb among the arguments, without judging them: an OCI hook has to drain standard input even if its arguments
+/// are wrong.
+pub fn peek_is_oci(arguments: &[OsString]) -> bool {
+    arguments.iter().any(|argument| argument == "oci")
+}
+
+/// Reads the command line (without the program's name).
+pub fn parse(arguments: Vec<OsString>) -> Result<(Globals, Action)> {
+    let mut parser = lexopt::Parser::from_args(arguments);
+    let mut globals = Globals::default();
+    let mut verb: Option<Verb> = None;
+    let mut given: Vec<(&Flag, String)> = Vec::new();
+    let mut words: Vec<String> = Vec::new();
+    while let Some(argument) = parser.next().map_err(|e| usage(e.to_string()))? {
+        match argument {
+            Arg::Long(_) | Arg::Short('h' | 'V') => {
+                let name = match argument {
+                    Arg::Short('h') => "help".to_string(),
+                    Arg::Short(_) => "version".to_string(),
+                    Arg::Long(name) => name.to_string(),
+                    Arg::Value(_) => unreachable!("matched above"),
+                };
+                let flag = find_flag(&name)?;
+                let value = match flag.value {
+                    Some(form) => match parser.value() {
+                        Ok(value) => {
+                            value.into_string().map_err(|_| usage(format!("--{name}: the value is not UTF-8")))?
+                        }
+                        Err(_) => return Err(usage(format!("--{name} needs a value: --{name} {form}"))),
+                    },
+                    None => String::new(),
+                };
+                given.push((flag, value));
+            }
+            Arg::Short(c) => return Err(usage(format!("unknown option -{c}; see mptcp-hook --help"))),
+            Arg::Value(value) => {
+                let word = value.into_string().map_err(|_| usage("an argument is not UTF-8"))?;
+                if verb.is_none() {
+                    verb = Some(find_verb(&word)?);
+                } else {
+                    words.push(word);
+                }
+            }
+        }
+    }
+    if given.iter().any(|(flag, _)| flag.id == Id::Help) {
+        return Ok((globals, Action::Print(help(verb))));
+    }
+    if given.iter().any(|(flag, _)| flag.id == Id::Version) {
+        return Ok((globals, Action::Print(format!("mptcp-hook {}\n", env!("CARGO_PKG_VERSION")))));
+    }
+    let Some(verb) = verb else {
+        return Err(usage(format!("say what to do: {}; see mptcp-hook --help", VERBS.map(|v| v.name).join(", "))));
+    };
+    let rank = if verb == Verb::Apply { Rank::CommandLine } else { Rank::HookArgument };
+    let mut read = Read { rank, ..Read::default() };
+    for (flag, value) in given {
+        if !flag.verbs.contains(&verb) {
+            let verb = name_of(verb);
+            return Err(usage(format!("--{} does not belong to {verb}; see mptcp-hook {verb} --help", flag.long)));
+        }
+        match flag.id {
+            Id::Config => globals.config = Some(value.into()),
+            Id::StateDir => globals.state_dir = Some(value.into()),
+            Id::NotBuilt => return Err(usage(format!("--{} is not in this version yet", flag.long))),
+            _ => read.flag(flag, &value)?,
+        }
+    }
+    let action = read.into_action(verb, words)?;
+    Ok((globals, action))
+}
+
+/// What the flags of one verb add up to.
+struct Read {
+    rank: Rank,
+    wishes: Vec<Wish>,
+    target: Option<Target>,
+    dry_run: bool,
+    json: bool,
+    stale: bool,
+}
+
+impl Default for Read {
+    fn default() -> Self {
+        Self { rank: Rank::CommandLine, wishes: Vec::new(), target: None, dry_run: false, json: false, stale: false }
+    }
+}
+
+impl Read {
+    fn flag(&mut self, flag: &Flag, value: &str) -> Result<()> {
+        let shown = || format!("--{} {}", flag.long, value.escape_debug());
+        let pair =
+            || value.split_once('=').ok_or_else(|| format!("it has the form {}", flag.value.unwrap_or_default()));
+        let wish = match flag.id {
+            Id::Interface => pair().and_then(|(name, flags)| request::interface(name, flags)),
+            Id::Limit => pair().and_then(|(name, n)| request::limit(name, n)),
+            Id::Sysctl => pair().and_then(|(key, value)| request::sysctl(key, value)),
+            Id::Module => pair().and_then(|(key, value)| request::module(key, value)),
+            Id::OnConflict => value.parse().map(What::OnConflict),
+            Id::Name => request::name(value),
+            Id::Routes | Id::Mptcp | Id::Follow => {
+                let (built, known): (&str, &[&str]) = match flag.id {
+                    Id::Routes => ("off", &["auto", "off"]),
+                    Id::Mptcp => ("default", &["default", "off", "force"]),
+                    _ => ("never", &["auto", "always", "never"]),
+                };
+                return request::not_built_yet(flag.long, value, built, known).map_err(usage);
+            }
+            Id::Pid => return self.pid(value),
+            Id::Netns => return self.set_target(Target::Netns(value.into())),
+            Id::DryRun => {
+                self.dry_run = true;
+                return Ok(());
+            }
+            Id::Json => {
+                self.json = true;
+                return Ok(());
+            }
+            Id::Stale => {
+                self.stale = true;
+                return Ok(());
+            }
+            Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
+        };
+        let wish = wish.map_err(|e| usage(format!("{}: {e}", shown())))?;
+        let place = if self.rank == Rank::CommandLine { "the command line's" } else { "the hook argument" };
+        self.wishes.push(Wish::new(wish, Source::new(self.rank, format!("{place} {}", shown()))));
+        Ok(())
+    }
+
+    fn pid(&mut self, value: &str) -> Result<()> {
+        match value.parse() {
+            Ok(pid) if pid > 0 => self.set_target(Target::Pid(pid)),
+            _ => Err(usage(format!("--pid \"{}\" is not a process id", value.escape_debug()))),
+        }
+    }
+
+    fn set_target(&mut self, target: Target) -> Result<()> {
+        match self.target.replace(target) {
+            None => Ok(()),
+            Some(_) => Err(usage("name one TARGET: NAME, --pid or --netns")),
+        }
+    }
+
+    fn into_action(mut self, verb: Verb, words: Vec<String>) -> Result<Action> {
+        if verb == Verb::Lxc {
+            return Ok(Action::Lxc(self.wishes, words));
+        }
+        let mut words = words.into_iter();
+        match verb {
+            Verb::Apply | Verb::Release => {
+                if let Some(word) = words.next() {
+                    self.set_target(Target::Known(word))?;
+                }
+            }
+            Verb::Status | Verb::Oci | Verb::Lxc => {}
+        }
+        let name = if verb == Verb::Status { words.next() } else { None };
+        if let Some(word) = words.next() {
+            return Err(usage(format!(
+                "unexpected argument \"{}\"; usage: {}",
+                word.escape_debug(),
+                describe(verb).usage
+            )));
+        }
+        let no_target = || usage("name the container: NAME (see mptcp-hook status), --pid PID or --netns PATH");
+        Ok(match verb {
+            Verb::Oci | Verb::Lxc => Action::Oci(self.wishes),
+            Verb::Apply => Action::Apply {
+                target: self.target.ok_or_else(no_target)?,
+                wishes: self.wishes,
+                dry_run: self.dry_run,
+                json: self.json,
+            },
+            Verb::Release => match (self.target, self.stale) {
+                (None, true) => Action::ReleaseStale,
+                (Some(target), false) => Action::Release(target),
+                (None, false) => return Err(no_target()),
+                (Some(_), true) => return Err(usage("--stale stands alone: it lets all dead containers go")),
+            },
+            Verb::Status => Action::Status { name, json: self.json },
+        })
+    }
+}
+
+fn find_flag(name: &str) -> Result<&'static Flag> {
+    FLAGS.iter().find(|flag| flag.long == name).ok_or_else(|| {
+        let known = FLAGS.iter().map(|flag| flag.long);
+        let shown = name.escape_debug();
+        usage(match request::nearest(name, known) {
+            Some(near) => format!("unknown option --{shown}; did you mean --{near}?"),
+            None => format!("unknown option --{shown}; see mptcp-hook --help"),
+        })
+    })
+}
+
+fn find_verb(word: &str) -> Result<Verb> {
+    if NOT_BUILT.contains(&word) {
+        return Err(usage(format!("{word} is not in this version yet")));
+    }
+    VERBS.iter().find(|v| v.name == word).map(|v| v.verb).ok_or_else(|| {
+        let shown = word.escape_debug();
+        usage(match request::nearest(word, VERBS.map(|v| v.name)) {
+            Some(near) => format!("unknown verb \"{shown}\"; did you mean {near}?"),
+            None => format!("unknown verb \"{shown}\"; see mptcp-hook --help"),
+        })
+    })
+}
+
+fn describe(verb: Verb) -> &'static VerbHelp {
+    VERBS.iter().find(|v| v.verb == verb).unwrap_or(&VERBS[0])
+}
+
+fn name_of(verb: Verb) -> &'static str {
+    describe(verb).name
+}
+
+fn help(verb: Option<Verb>) -> String {
+    let mut text = String::new();
+    match verb {
+        Some(verb) => {
+            let VerbHelp { usage, what, example, .. } = describe(verb);
+            text += &format!("usage: {usage}\n\n{what}\n\n{example}\n");
+        }
+        None => {
+            text += "mptcp-hook sets a container's interfaces up for Multipath TCP.\n\nusage:\n";
+            for VerbHelp { usage, .. } in &VERBS {
+                text += &format!("  {usage}\n");
+            }
+            text += "\nTARGET is a NAME or id that mptcp-hook status shows, --pid PID or --netns PATH.\n\
+                     mptcp-hook VERB --help shows an example.\n";
+        }
+    }
+    text += "\nOptions:\n";
+    for flag in FLAGS.iter().filter(|f| f.id != Id::NotBuilt && verb.is_none_or(|v| f.verbs.contains(&v))) {
+        let form = match flag.value {
+            Some(value) => format!("--{} {value}", flag.long),
+            None => format!("--{}", flag.long),
+        };
+        text += &format!("  {form}\n      {}\n", flag.what.replace('\n', "\n      "));
+    }
+    text += "\nExit status: 0 done, warnings included; 1 failed, everything undone; 2 wrong usage; 3 refused by policy or conflict.\n";
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<(Globals, Action)> {
+        parse(line.split_whitespace().map(OsString::from).collect())
+    }
+
+    fn error(line: &str) -> String {
+        let error = read(line).expect_err(line);
+        assert!(error.is::<crate::error::Usage>(), "{line}: exit status is not 2");
+        error.to_string()
+    }
+
+    #[test]
+    fn global_options_stand_before_or_after_the_verb() {
+        for line in ["--state-dir /run/x status --json", "status --json --state-dir=/run/x"] {
+            let (globals, action) = read(line).unwrap();
+            assert_eq!(globals.state_dir, Some("/run/x".into()));
+            assert!(matches!(action, Action::Status { name: None, json: true }));
+        }
+    }
+
+    #[test]
+    fn targets() {
+        let target = |line: &str| match read(line).unwrap().1 {
+            Action::Apply { target, .. } | Action::Release(target) => target,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(target("apply web --interface eth1=backup"), Target::Known("web".into()));
+        assert_eq!(target("release --pid 12"), Target::Pid(12));
+        assert_eq!(target("apply --netns /run/netns/a"), Target::Netns("/run/netns/a".into()));
+        assert!(error("apply").contains("name the container"));
+        assert!(error("apply web --pid 12").contains("one TARGET"));
+        assert!(error("release --pid 0").contains("not a process id"));
+        assert!(error("release web --stale").contains("alone"));
+        assert!(matches!(read("release --stale").unwrap().1, Action::ReleaseStale));
+    }
+
+    #[test]
+    fn lxc_takes_the_words_that_lxc_appends() {
+        let Action::Lxc(wishes, words) = read("lxc --interface eth1=backup web lxc start-host").unwrap().1 else {
+            panic!("not lxc")
+        };
+        assert_eq!((wishes.len(), words.len()), (1, 3));
+        assert!(error("oci web").contains("unexpected argument"));
+    }
+
+    #[test]
+    fn mistakes_name_what_was_meant() {
+        assert!(error("aply x").contains("did you mean apply"));
+        assert!(error("apply x --inteface eth1=backup").contains("--interface"));
+        assert!(error("status --dry-run").contains("does not belong to status"));
+        assert!(error("apply x --interface eth1").contains("NAME=FLAG"));
+        assert!(error("apply x --interface").contains("needs a value"));
+        assert!(error("oci --limit subflows=9").contains("0 to 8"));
+        assert!(error("").contains("say what to do"));
+    }
+
+    #[test]
+    fn what_is_not_built_never_pretends() {
+        for word in NOT_BUILT {
+            assert!(error(word).contains("not in this version yet"));
+        }
+        for line in
+            ["status --watch", "status --prometheus", "oci --routes auto", "oci --mptcp force", "oci --follow always"]
+        {
+            assert!(error(line).contains("not in this version yet"), "{line}");
+        }
+        assert!(read("oci --routes off --mptcp default --follow never").is_ok());
+    }
+
+    #[test]
+    fn every_verb_has_help_with_an_example() {
+        for verb in VERBS {
+            let Action::Print(text) = read(&format!("{} --help", verb.name)).unwrap().1 else { panic!("no help") };
+            assert!(text.contains("Example") && text.contains(verb.usage), "{text}");
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! How an error becomes an exit status: 1 failed and undone, 2 wrong usage, 3 refused.
+
+use std::fmt;
+
+/// Wrong usage: of the command line, an annotation, a file. Nothing was changed. Exit 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+/// Refused by the policy or by a conflict. Nothing was changed. Exit 3.
+#[derive(Debug)]
+pub struct Refused(pub String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+impl std::error::Error for Refused {}
+
+/// An error that ends in exit 2.
+pub fn usage(message: impl Into<String>) -> anyhow::Error {
+    Usage(message.into()).into()
+}
+
+/// An error that ends in exit 3.
+pub fn refused(message: impl Into<String>) -> anyhow::Error {
+    Refused(message.into()).into()
+}
+
+/// The exit status that stands for `error`.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Refused>() {
+        3
+    } else if error.is::<Usage>() {
+        2
+    } else {
+        1
+    }
+}

@@ -1,0 +1,143 @@
+//! The door for people: `apply` and `release` by hand, on a container that the ledger knows, a process or a path.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Apply, ContainerFiles, Place};
+use crate::error::usage;
+use crate::instance::{ContainerId, Door, Process};
+use crate::ledger::Ledger;
+use crate::ledger::record::Record;
+use crate::policy::Policy;
+use crate::policy::container_file::Name;
+use crate::request::{Request, Wish};
+
+/// What a person names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A name, an id, or the beginning of one that is unique in the ledger.
+    Known(String),
+    /// `--pid`.
+    Pid(u32),
+    /// `--netns`.
+    Netns(PathBuf),
+}
+
+/// Turns a person's words into a call.
+pub fn apply(
+    target: &Target,
+    wishes: Vec<Wish>,
+    policy: &Policy,
+    containers: &ContainerFiles,
+    ledger: Option<&Ledger>,
+) -> Result<Apply> {
+    let mut request = Request::default();
+    request.extend(wishes)?;
+    let (container, place, netns_path) = match target {
+        Target::Known(name) => {
+            let record = find(ledger, name)?;
+            let instance = record.instance;
+            let place = match (instance.pid, &instance.netns_path) {
+                (Some(pid), _) => {
+                    // The plan compares the whole instance; this is for a plain message.
+                    if Process::read(pid).ok().map(|p| p.start_time) != instance.start_time {
+                        bail!("container {} is not running any more (pid {pid} is gone)", instance.container.id);
+                    }
+                    Place::Process(pid)
+                }
+                (None, Some(path)) => Place::Path(path.into()),
+                (None, None) => bail!("the ledger knows no process and no namespace of {name}; use --pid or --netns"),
+            };
+            (instance.container, place, instance.netns_path)
+        }
+        Target::Pid(pid) => {
+            let place = Place::Process(*pid);
+            match known_process(ledger, *pid)? {
+                Some(record) => (record.instance.container, place, record.instance.netns_path),
+                None => (own_id(&request, &format!("pid-{pid}"))?, place, None),
+            }
+        }
+        Target::Netns(path) => {
+            let path =
+                std::fs::canonicalize(path).with_context(|| format!("there is no namespace {}", path.display()))?;
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let shown = path.to_string_lossy().into_owned();
+            (own_id(&request, &name)?, Place::Path(path), Some(shown))
+        }
+    };
+    if container.door == Door::Command {
+        let mut names = vec![Name::Trusted(&container.id)];
+        let given = request.name().map(String::from);
+        names.extend(given.as_deref().map(Name::Trusted));
+        let found = containers.load(&names, |_| None)?;
+        request.extend(found.wishes)?;
+        request.extend(policy.defaults.iter().cloned())?;
+    }
+    Ok(Apply { container, place, netns_path, request, notes: Vec::new() })
+}
+
+/// The container that a person wants to let go.
+pub fn release(target: &Target, ledger: Option<&Ledger>) -> Result<ContainerId> {
+    match target {
+        Target::Known(name) => Ok(find(ledger, name)?.instance.container),
+        Target::Pid(pid) => match known_process(ledger, *pid)? {
+            Some(record) => Ok(record.instance.container),
+            None => bail!("the ledger knows no container with the process {pid}"),
+        },
+        Target::Netns(path) => {
+            let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            let known =
+                |record: &Record| record.instance.netns_path.as_deref().is_some_and(|known| Path::new(known) == real);
+            let mut records = records(ledger)?;
+            records.sort_by_key(|record| record.instance.container.door != Door::Command);
+            match records.into_iter().find(known) {
+                Some(record) => Ok(record.instance.container),
+                None => bail!("the ledger knows no container with the namespace {}", path.display()),
+            }
+        }
+    }
+}
+
+/// A container without engine gets the name that it was given, or one made from what it was named by.
+fn own_id(request: &Request, otherwise: &str) -> Result<ContainerId> {
+    ContainerId::new(Door::Command, "", request.name().unwrap_or(otherwise))
+}
+
+fn records(ledger: Option<&Ledger>) -> Result<Vec<Record>> {
+    let Some(ledger) = ledger else { return Ok(Vec::new()) };
+    // A damaged record is `status`'s to report; the others can be found all the same.
+    Ok(ledger.records()?.into_iter().filter_map(Result::ok).collect())
+}
+
+fn known_process(ledger: Option<&Ledger>, pid: u32) -> Result<Option<Record>> {
+    let start_time = Process::read(pid)?.start_time;
+    let same = |record: &Record| record.instance.pid == Some(pid) && record.instance.start_time == Some(start_time);
+    Ok(records(ledger)?.into_iter().find(same))
+}
+
+/// The record of the container that `name` means: its id or name, or the unique beginning of its id.
+pub fn find(ledger: Option<&Ledger>, name: &str) -> Result<Record> {
+    let records = records(ledger)?;
+    let exact = |record: &&Record| record.instance.container.id == name || record.name == name;
+    let begins = |record: &&Record| name.len() >= 4 && record.instance.container.id.starts_with(name);
+    let mut found: Vec<&Record> = records.iter().filter(exact).collect();
+    if found.is_empty() {
+        found = records.iter().filter(begins).collect();
+    }
+    match found.as_slice() {
+        [one] => Ok((*one).clone()),
+        [] => {
+            let known: Vec<&str> = records.iter().map(|record| record.name.as_str()).take(8).collect();
+            let hint = match crate::request::nearest(name, known.iter().copied()) {
+                Some(near) => format!("did you mean {near}?"),
+                None => "see mptcp-hook status, or name it by --pid or --netns".into(),
+            };
+            Err(usage(format!("the ledger knows no container \"{}\"; {hint}", name.escape_debug())))
+        }
+        several => {
+            let ids: Vec<String> = several.iter().map(|record| record.instance.container.id.clone()).collect();
+            Err(usage(format!("\"{}\" could be any of {}; give the whole id", name.escape_debug(), ids.join(", "))))
+        }
+    }
+}

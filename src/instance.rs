@@ -1,0 +1,227 @@
+//! Which life of which container: ids, pids and namespace inodes are used again, all of them together are not.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::error::usage;
+use crate::kernel::netns::{Namespace, NetnsId};
+use crate::kernel::sysctl::read_text;
+
+/// The longest container id that is taken; engines use 64 hexadecimal digits, LXC a file name.
+const ID_MAX: usize = 128;
+
+/// Who called us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// An OCI runtime's hook.
+    Oci,
+    /// An LXC hook.
+    Lxc,
+    /// A person.
+    Command,
+}
+
+impl Door {
+    /// The word in the ledger and in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Oci => "oci",
+            Self::Lxc => "lxc",
+            Self::Command => "command",
+        }
+    }
+}
+
+/// A container, whichever life it is in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerId {
+    /// Who called us.
+    pub door: Door,
+    /// What tells two containers of the same id apart: the bundle (OCI), the lxcpath (LXC).
+    pub engine: String,
+    /// The runtime's id or LXC's name.
+    pub id: String,
+}
+
+impl ContainerId {
+    /// Checks the id: it becomes part of a file name and of log lines.
+    pub fn new(door: Door, engine: impl Into<String>, id: &str) -> Result<Self> {
+        let shown: String = id.chars().take(40).flat_map(char::escape_debug).collect();
+        if id.is_empty() || id.len() > ID_MAX {
+            return Err(usage(format!(
+                "the container id \"{shown}\" has {} bytes; 1 to {ID_MAX} are allowed",
+                id.len()
+            )));
+        }
+        if let Some(bad) = id.chars().find(|c| !(c.is_ascii_alphanumeric() || "_-.+@:".contains(*c))) {
+            return Err(usage(format!("the container id \"{shown}\" has the character {bad:?}")));
+        }
+        if id == "." || id == ".." {
+            return Err(usage(format!("\"{id}\" is not a container id")));
+        }
+        Ok(Self { door, engine: engine.into(), id: id.into() })
+    }
+
+    /// The name of the container's record in the ledger.
+    pub fn key(&self) -> String {
+        // FNV-1a: short, stable between versions, and only there to tell engines apart, never to prove anything.
+        let hash = self
+            .engine
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+        format!("{}.{}.{:08x}", self.door.name(), self.id, hash as u32 ^ (hash >> 32) as u32)
+    }
+}
+
+/// One life of one container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Which container.
+    pub container: ContainerId,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// Its init process; none for a namespace that was given by path.
+    pub pid: Option<u32>,
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot.
+    pub start_time: Option<u64>,
+    /// Its network namespace.
+    pub netns: NetnsId,
+    /// A bind mount of the namespace, where one is known.
+    pub netns_path: Option<String>,
+}
+
+impl Instance {
+    /// Whether it is still alive. A zombie is not: its namespaces are gone.
+    pub fn is_alive(&self, boot_id: &str) -> bool {
+        if self.boot_id != boot_id {
+            return false;
+        }
+        match (self.pid, &self.netns_path) {
+            (Some(pid), _) => Process::read(pid).is_ok_and(|process| {
+                process.alive
+                    && Some(process.start_time) == self.start_time
+                    // Not readable for everybody; then pid and start time have to do.
+                    && netns_inode(&format!("/proc/{pid}/ns/net")).is_none_or(|inode| inode == self.netns.inode)
+            }),
+            (None, Some(path)) => netns_inode(path) == Some(self.netns.inode),
+            (None, None) => false,
+        }
+    }
+
+    /// Whether both are one life of one container. The path of the namespace does not matter: not every hook knows it.
+    pub fn is_same_life(&self, other: &Self) -> bool {
+        self.container == other.container
+            && self.boot_id == other.boot_id
+            && self.netns == other.netns
+            && self.pid == other.pid
+            && self.start_time == other.start_time
+    }
+
+    /// The places where its namespace can be opened, the best first. The caller compares the identity.
+    pub fn netns_places(&self) -> Vec<String> {
+        self.pid.map(|pid| format!("/proc/{pid}/ns/net")).into_iter().chain(self.netns_path.clone()).collect()
+    }
+}
+
+fn netns_inode(path: &str) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).ok().map(|meta| meta.ino())
+}
+
+/// This boot's id. A ledger of an earlier boot holds nothing.
+pub fn boot_id() -> Result<String> {
+    read_text("/proc/sys/kernel/random/boot_id")
+        .context("cannot read /proc/sys/kernel/random/boot_id; is /proc mounted?")
+}
+
+/// What tells one process from another with the same pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Neither a zombie nor dead.
+    pub alive: bool,
+    /// In clock ticks since boot.
+    pub start_time: u64,
+}
+
+impl Process {
+    /// Reads `/proc/PID/stat` (proc(5)).
+    pub fn read(pid: u32) -> Result<Self> {
+        let path = format!("/proc/{pid}/stat");
+        let text = std::fs::read(&path).with_context(|| format!("there is no process {pid} (reading {path})"))?;
+        Self::parse(&String::from_utf8_lossy(&text)).with_context(|| format!("{path} has an unknown form"))
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        // The command name may hold spaces and parentheses: what follows the last one is regular.
+        let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+        let state = fields.next()?;
+        let start_time = fields.nth(18)?.parse().ok()?;
+        Some(Self { alive: !matches!(state, "Z" | "X" | "x"), start_time })
+    }
+}
+
+/// Opens the namespace of a process and makes sure that it is the process's all along.
+pub fn open_netns_of(pid: u32) -> Result<(Namespace, Process)> {
+    let before = Process::read(pid)?;
+    if !before.alive {
+        bail!("process {pid} is dead (a zombie)");
+    }
+    let path = format!("/proc/{pid}/ns/net");
+    let namespace = Namespace::open(Path::new(&path)).with_context(|| {
+        format!("cannot open {path} (CAP_SYS_PTRACE is needed for other users' processes; run as root)")
+    })?;
+    if Process::read(pid)? != before {
+        bail!("process {pid} ended while its namespace was opened");
+    }
+    Ok((namespace, before))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_with_a_hostile_name() {
+        let stat = format!("12 (a) S (b) ) R {} 4242 0", (0..18).map(|n| n.to_string()).collect::<Vec<_>>().join(" "));
+        assert_eq!(Process::parse(&stat), Some(Process { alive: true, start_time: 4242 }));
+        assert_eq!(Process::parse("12 (x) Z"), None);
+        assert_eq!(Process::parse(""), None);
+        assert!(Process::read(std::process::id()).unwrap().alive);
+    }
+
+    #[test]
+    fn hostile_ids_are_refused() {
+        for bad in ["", ".", "..", "a/b", "../x", "a\nb", "a b", "\u{202e}x", &"x".repeat(4096)] {
+            assert!(ContainerId::new(Door::Oci, "/b", bad).is_err(), "{bad:?}");
+        }
+        let id = ContainerId::new(Door::Lxc, "/var/lib/lxc", "web-1.a").unwrap();
+        assert!(id.key().starts_with("lxc.web-1.a."));
+        assert_ne!(id.key(), ContainerId::new(Door::Lxc, "/home/u/lxc", "web-1.a").unwrap().key());
+    }
+
+    #[test]
+    fn another_life_is_not_alive() {
+        let me = std::process::id();
+        let process = Process::read(me).unwrap();
+        let netns = NetnsId { inode: Namespace::own().unwrap().inode(), cookie: None };
+        let container = ContainerId::new(Door::Command, "", "x").unwrap();
+        let boot = boot_id().unwrap();
+        let live = Instance {
+            container,
+            boot_id: boot.clone(),
+            pid: Some(me),
+            start_time: Some(process.start_time),
+            netns,
+            netns_path: None,
+        };
+        assert!(live.is_alive(&boot));
+        assert!(!live.is_alive("another boot"));
+        assert!(!Instance { start_time: Some(process.start_time + 1), ..live.clone() }.is_alive(&boot));
+        assert!(!Instance { pid: None, ..live.clone() }.is_alive(&boot));
+        let other = NetnsId { inode: live.netns.inode + 1, cookie: None };
+        assert!(!Instance { netns: other, ..live }.is_alive(&boot));
+    }
+}

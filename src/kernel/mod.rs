@@ -1,0 +1,251 @@
+//! The kernel behind one small trait: what it is like now, one change at a time, and reading back.
+//!
+//! [`upstream`] is Linux's own MPTCP, [`mptcp_org`] the out-of-tree kernel of multipath-tcp.org. Both work inside the
+//! container's network namespace ([`netns`]); settings are plain files ([`sysctl`]).
+
+pub mod mptcp_org;
+pub mod netlink;
+pub mod netns;
+pub mod sysctl;
+pub mod upstream;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+pub use netlink::mptcp_pm::{Endpoint, Limits};
+pub use netlink::route::{Address, Link};
+
+use crate::deadline::Deadline;
+use crate::request::setting::SettingKey;
+use netns::Visit;
+
+/// The most endpoints that a namespace can have (`MPTCP_PM_ADDR_MAX`), and addresses per family on mptcp.org kernels.
+pub const ENDPOINTS_MAX: usize = 8;
+
+/// Which MPTCP the kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// Linux 5.6 and later: generic netlink `mptcp_pm`.
+    #[serde(rename = "upstream")]
+    Upstream,
+    /// multipath-tcp.org v0.9x: interface flags, host-wide sysctls.
+    #[serde(rename = "mptcp.org")]
+    MptcpOrg,
+    /// No MPTCP.
+    #[serde(rename = "none")]
+    None,
+}
+
+impl Kind {
+    /// The kind as `status` names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Upstream => "upstream",
+            Self::MptcpOrg => "mptcp.org",
+            Self::None => "none",
+        }
+    }
+
+    /// Looks at the calling thread's network namespace.
+    pub fn detect() -> Self {
+        let exists = |path: &str| std::path::Path::new(path).exists();
+        if exists("/proc/thread-self/net/mptcp_net") {
+            Self::MptcpOrg
+        } else if exists("/proc/sys/net/mptcp/enabled") {
+            Self::Upstream
+        } else {
+            Self::None
+        }
+    }
+}
+
+/// The running kernel's release, for messages.
+pub fn release() -> String {
+    sysctl::read_text("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into())
+}
+
+/// A setting's file, seen from one network namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Seen {
+    /// Not there.
+    #[default]
+    Absent,
+    /// There, without any write bit.
+    ReadOnly(String),
+    /// There, with a write bit.
+    Writable(String),
+    /// There, but it cannot be read (write-only, or the kernel said no).
+    Unreadable,
+}
+
+impl Seen {
+    /// The value, where it can be read.
+    pub fn value(&self) -> Option<&str> {
+        match self {
+            Self::ReadOnly(value) | Self::Writable(value) => Some(value),
+            Self::Absent | Self::Unreadable => None,
+        }
+    }
+}
+
+/// A setting, seen from the container's namespace and from the hook's own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SeenSetting {
+    /// From the container's network namespace. Module parameters have no namespace and are absent here.
+    pub target: Seen,
+    /// From the namespace that the hook was started in.
+    pub host: Seen,
+}
+
+/// What the kernel is like now.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Which MPTCP it has.
+    pub kind: Kind,
+    /// Whether we are in the initial user namespace, where host-wide values are ours to change.
+    pub initial_user_namespace: bool,
+    /// Whether the host's network namespace can be reached from here (not from a createContainer hook).
+    pub host_reachable: bool,
+    /// Whether the target is the namespace that the hook was started in.
+    pub target_is_host: bool,
+    /// The interfaces of the container.
+    pub links: Vec<Link>,
+    /// Their addresses.
+    pub addresses: Vec<Address>,
+    /// The endpoints (upstream).
+    pub endpoints: Vec<Endpoint>,
+    /// The limits (upstream).
+    pub limits: Option<Limits>,
+    /// The interfaces by which packets to nowhere in particular leave.
+    pub default_route_links: Vec<u32>,
+    /// Every setting that was asked about, and those that decide whether MPTCP works.
+    pub settings: BTreeMap<SettingKey, SeenSetting>,
+    /// The congestion controls that are loaded; naming another one would load a module.
+    pub congestion_controls: Vec<String>,
+}
+
+impl Facts {
+    /// The interface of that name.
+    pub fn link(&self, name: &str) -> Option<&Link> {
+        self.links.iter().find(|link| link.name == name)
+    }
+}
+
+/// One change to the kernel. Each is small enough to be undone by another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Write a value that the kernel has once for the host.
+    HostSetting {
+        /// Which.
+        key: SettingKey,
+        /// The value.
+        value: String,
+    },
+    /// Write a value that belongs to the container's network namespace.
+    NetnsSysctl {
+        /// Which.
+        key: SettingKey,
+        /// The value.
+        value: String,
+        /// The host's value, which must not change with it.
+        host: Option<String>,
+    },
+    /// Set both limits.
+    Limits(Limits),
+    /// Add an endpoint; id 0 lets the kernel choose.
+    AddEndpoint(Endpoint),
+    /// Change `backup` and `fullmesh` of an endpoint, on its live connections too.
+    SetEndpointFlags(Endpoint),
+    /// Delete an endpoint.
+    DeleteEndpoint(Endpoint),
+    /// Set the interface flags in `mask` to `bits`.
+    LinkFlags {
+        /// The interface.
+        index: u32,
+        /// Its name, for messages.
+        name: String,
+        /// The bits to set.
+        bits: u32,
+        /// The bits to change.
+        mask: u32,
+    },
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use crate::request::flags::EndpointFlags;
+        let flags = |endpoint: &Endpoint| EndpointFlags(endpoint.flags).names().join(" ");
+        match self {
+            Self::HostSetting { key, value } => write!(f, "write {key} = {value} (the whole host's)"),
+            Self::NetnsSysctl { key, value, .. } => write!(f, "write {key} = {value}"),
+            Self::Limits(limits) => {
+                write!(f, "set limits subflows {} add_addr_accepted {}", limits.subflows, limits.add_addr_accepted)
+            }
+            Self::AddEndpoint(endpoint) => {
+                write!(f, "add endpoint {} {} dev index {}", endpoint.address, flags(endpoint), endpoint.ifindex)
+            }
+            Self::SetEndpointFlags(endpoint) => {
+                write!(f, "change endpoint {} id {} to {}", endpoint.address, endpoint.id, flags(endpoint))
+            }
+            Self::DeleteEndpoint(endpoint) => write!(f, "delete endpoint {} id {}", endpoint.address, endpoint.id),
+            Self::LinkFlags { name, bits, mask, .. } => write!(f, "set flags of {name} to {bits:#x} (mask {mask:#x})"),
+        }
+    }
+}
+
+/// Whether packets from an endpoint's address find a way out by its interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouteState {
+    /// They do.
+    Ok,
+    /// No usable route: a subflow from there would hang in SYN-SENT.
+    Missing,
+    /// Not an endpoint, or the kernel could not say.
+    #[default]
+    Unknown,
+}
+
+impl RouteState {
+    /// The state of an interface with endpoints of these states.
+    pub fn worst(states: &[Self]) -> Self {
+        if states.contains(&Self::Missing) {
+            Self::Missing
+        } else if states.contains(&Self::Ok) {
+            Self::Ok
+        } else {
+            Self::Unknown
+        }
+    }
+}
+
+/// One kernel, looked at and changed for one container.
+pub trait Kernel {
+    /// Reads what the plan needs; `keys` are the settings that were asked for.
+    fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts>;
+
+    /// Makes one change.
+    fn perform(&mut self, change: &Change) -> Result<()>;
+
+    /// Reads back that all `changes` are in force. The error names the first that is not.
+    fn confirm(&mut self, changes: &[&Change]) -> Result<()>;
+
+    /// The endpoints as they are now.
+    fn endpoints(&mut self) -> Result<Vec<Endpoint>>;
+
+    /// Looks up the route of packets from `address` out of the interface `index`.
+    fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState>;
+}
+
+/// The kernel as seen from the namespace of `visit`. None if it has no MPTCP.
+pub fn open(mut visit: Visit, deadline: Deadline) -> Result<Option<Box<dyn Kernel>>> {
+    visit.inside()?;
+    Ok(match Kind::detect() {
+        Kind::Upstream => Some(Box::new(upstream::Upstream::open(visit, deadline)?)),
+        Kind::MptcpOrg => Some(Box::new(mptcp_org::MptcpOrg::open(visit, deadline)?)),
+        Kind::None => None,
+    })
+}

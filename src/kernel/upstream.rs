@@ -1,0 +1,173 @@
+//! Upstream Linux: endpoints and limits by generic netlink `mptcp_pm`, everything per network namespace.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+
+use super::netlink::mptcp_pm::PathManager;
+use super::netlink::route::{Route, RouteAnswer};
+use super::netlink::{self};
+use super::netns::{Visit, in_initial_user_namespace};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
+use crate::deadline::Deadline;
+use crate::request::flags::EndpointFlags;
+use crate::request::setting::SettingKey;
+
+/// An upstream kernel, seen from one namespace.
+pub struct Upstream {
+    visit: Visit,
+    path_manager: PathManager,
+    route: Route,
+}
+
+impl Upstream {
+    /// Opens the sockets; the thread is inside already.
+    pub fn open(visit: Visit, deadline: Deadline) -> Result<Self> {
+        let path_manager = PathManager::open(deadline)?
+            .context("the kernel has net.mptcp.enabled but no generic netlink family mptcp_pm")?;
+        Ok(Self { visit, path_manager, route: Route::open(deadline)? })
+    }
+}
+
+impl Upstream {
+    /// Deletes an endpoint by the kernel's id. With id 0 the kernel would look for something else and report success.
+    fn delete(&mut self, endpoint: &Endpoint) -> Result<()> {
+        let same = |e: &&Endpoint| e.address == endpoint.address && e.port == endpoint.port;
+        let id = match endpoint.id {
+            0 => self.path_manager.endpoints()?.iter().find(same).map(|found| found.id),
+            id => Some(id),
+        };
+        match id {
+            Some(id) => self.path_manager.delete(id, endpoint.address),
+            None => bail!("there is no endpoint {} to delete", endpoint.address),
+        }
+    }
+}
+
+impl Kernel for Upstream {
+    fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts> {
+        let mut keys = keys.to_vec();
+        for key in ["enabled", "path_manager", "pm_type"] {
+            keys.extend(SettingKey::sysctl(key));
+        }
+        keys.sort();
+        keys.dedup();
+        let settings = sysctl::look_around(&mut self.visit, &keys)?;
+        Ok(Facts {
+            kind: Kind::Upstream,
+            initial_user_namespace: in_initial_user_namespace(),
+            host_reachable: self.visit.host_reachable(),
+            target_is_host: self.visit.target_is_host(),
+            links: self.route.links()?,
+            addresses: self.route.addresses()?,
+            endpoints: self.path_manager.endpoints()?,
+            limits: Some(self.path_manager.limits()?),
+            default_route_links: self.route.default_interfaces()?,
+            congestion_controls: congestion_controls(&settings),
+            settings,
+        })
+    }
+
+    fn perform(&mut self, change: &Change) -> Result<()> {
+        if sysctl::perform(&mut self.visit, change)? {
+            return Ok(());
+        }
+        match change {
+            Change::Limits(limits) => self.path_manager.set_limits(*limits),
+            Change::AddEndpoint(endpoint) => self.path_manager.add(endpoint),
+            Change::SetEndpointFlags(endpoint) => self.path_manager.set_flags(endpoint.id, endpoint.flags),
+            Change::DeleteEndpoint(endpoint) => self.delete(endpoint),
+            Change::LinkFlags { index, bits, mask, .. } => self.route.set_link_flags(*index, *bits, *mask),
+            Change::HostSetting { .. } | Change::NetnsSysctl { .. } => Ok(()),
+        }
+        .map_err(explain)
+    }
+
+    fn confirm(&mut self, changes: &[&Change]) -> Result<()> {
+        let any = |wanted: fn(&Change) -> bool| changes.iter().any(|change| wanted(change));
+        let endpoints =
+            if any(|c| matches!(c, Change::AddEndpoint(_) | Change::SetEndpointFlags(_) | Change::DeleteEndpoint(_))) {
+                self.path_manager.endpoints()?
+            } else {
+                Vec::new()
+            };
+        let limits = if any(|c| matches!(c, Change::Limits(_))) { Some(self.path_manager.limits()?) } else { None };
+        for change in changes {
+            match change {
+                Change::AddEndpoint(wanted) | Change::SetEndpointFlags(wanted) => {
+                    confirm_endpoint(&endpoints, wanted)?;
+                }
+                Change::DeleteEndpoint(gone) => {
+                    // Deleted and added again with other flags is what was asked for.
+                    let added =
+                        changes.iter().any(|c| matches!(c, Change::AddEndpoint(e) if e.address == gone.address));
+                    if !added && endpoints.iter().any(|e| e.address == gone.address && e.id == gone.id) {
+                        bail!("the endpoint {} was deleted and is still there", gone.address);
+                    }
+                }
+                Change::Limits(wanted) if limits != Some(*wanted) => {
+                    bail!("the limits were set to {wanted:?} and read back as {limits:?}");
+                }
+                _ => {}
+            }
+        }
+        if any(|c| matches!(c, Change::LinkFlags { .. })) {
+            super::mptcp_org::confirm_links(&self.route.links()?, changes)?;
+        }
+        sysctl::confirm(&mut self.visit, changes)
+    }
+
+    fn endpoints(&mut self) -> Result<Vec<Endpoint>> {
+        self.path_manager.endpoints()
+    }
+
+    fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
+        route_state(&mut self.route, address, index)
+    }
+}
+
+/// Looks a route up; shared with the other kind.
+pub fn route_state(route: &mut Route, address: IpAddr, index: u32) -> Result<RouteState> {
+    Ok(match route.usable_route(address, index)? {
+        RouteAnswer::Usable => RouteState::Ok,
+        RouteAnswer::Missing => RouteState::Missing,
+        RouteAnswer::Unknown => RouteState::Unknown,
+    })
+}
+
+/// The loaded congestion controls, if somebody asks for one.
+pub fn congestion_controls(settings: &std::collections::BTreeMap<SettingKey, super::SeenSetting>) -> Vec<String> {
+    let asked = settings.keys().any(|key| key.sysctl_path() == Some("net/ipv4/tcp_congestion_control"));
+    let list = if asked { sysctl::read_text("/proc/sys/net/ipv4/tcp_available_congestion_control") } else { None };
+    list.map(|list| list.split_whitespace().map(String::from).collect()).unwrap_or_default()
+}
+
+fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {
+    let Some(found) = endpoints.iter().find(|e| e.address == wanted.address) else {
+        bail!("the kernel accepted the endpoint {} and does not list it", wanted.address);
+    };
+    if found.flags != wanted.flags || found.ifindex != wanted.ifindex {
+        let show = |e: &Endpoint| format!("{} dev index {}", EndpointFlags(e.flags).names().join(","), e.ifindex);
+        bail!(
+            "the kernel accepted the endpoint {} as {} and lists it as {}; this kernel ({}) may not know a flag",
+            wanted.address,
+            show(wanted),
+            show(found),
+            super::release()
+        );
+    }
+    Ok(())
+}
+
+fn explain(error: anyhow::Error) -> anyhow::Error {
+    let hint = match netlink::errno(&error) {
+        Some(Errno::EPERM) if !in_initial_user_namespace() => {
+            "before Linux 6.1 the kernel allows this in the initial user namespace alone: use a rootful hook"
+        }
+        Some(Errno::EPERM) => "CAP_NET_ADMIN is needed: run as root",
+        Some(Errno::EOPNOTSUPP) => "this kernel has no such command",
+        _ => return error,
+    };
+    error.context(hint)
+}

@@ -1,0 +1,169 @@
+//! Locks with a deadline: one per container, per network namespace, per setting.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::deadline::Deadline;
+
+/// The first pause after a lock was found busy; a hook that holds one needs about as long.
+const FIRST_PAUSE: Duration = Duration::from_micros(300);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_millis(8);
+/// Room for the holder's name in the lock file.
+const HOLDER_MAX: usize = 192;
+
+/// Locks that are held; dropping them lets go.
+pub struct Locks(Vec<(PathBuf, Flock<File>)>);
+
+impl Locks {
+    /// Takes all locks `names` in `directory` or none: nothing is held while another container is waited for, so that
+    /// two hooks can never wait for each other. `holder` is what others are told while we hold them.
+    pub fn take(directory: &Path, names: &[String], holder: &str, deadline: Deadline) -> Result<Self> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let mut held = Vec::with_capacity(names.len());
+            let busy = names.iter().map(|name| directory.join(name)).find_map(|path| match try_take(&path, holder) {
+                Ok(Some(lock)) => {
+                    held.push((path, lock));
+                    None
+                }
+                Ok(None) => Some(Ok(path)),
+                Err(error) => Some(Err(error)),
+            });
+            let path = match busy {
+                None => return Ok(Self(held)),
+                Some(path) => path?,
+            };
+            drop(held);
+            if deadline.over() {
+                bail!(
+                    "{} is in use by {}; gave up at the deadline (deadline in config.toml)",
+                    path.display(),
+                    read_holder(&path).unwrap_or_else(|| "another process".into())
+                );
+            }
+            std::thread::sleep(pause.min(deadline.remaining()));
+            // Odd steps by pid, so that many that were started at once do not keep step with each other.
+            let step = 1.3 + f64::from(std::process::id() % 8) / 10.0;
+            pause = pause.mul_f64(step).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Removes the file of a lock that is held and will not be needed again. Whoever waits for it notices.
+    pub fn discard(&self, name: &str) -> Result<()> {
+        for (path, _) in &self.0 {
+            if path.file_name().is_some_and(|file| file == name) {
+                super::files::remove(path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
+    loop {
+        // 0600: whoever can open a file for reading can lock it for ever.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)
+            .with_context(|| format!("cannot open the lock {}", path.display()))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((_, errno)) => return Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+        };
+        if lock.metadata().is_ok_and(|meta| meta.nlink() == 0) {
+            // Discarded by its last holder after we opened it.
+            continue;
+        }
+        let mut line = format!("{holder} (pid {})", std::process::id());
+        line.truncate(line.floor_char_boundary_at(HOLDER_MAX));
+        // Only for messages: a failure (a full disk) must not keep us from the lock.
+        let _ = lock.write_at(format!("{line:HOLDER_MAX$}").as_bytes(), 0);
+        return Ok(Some(lock));
+    }
+}
+
+/// `str::floor_char_boundary` is newer than the oldest Rust that we build with.
+trait FloorCharBoundary {
+    fn floor_char_boundary_at(&self, index: usize) -> usize;
+}
+
+impl FloorCharBoundary for str {
+    fn floor_char_boundary_at(&self, index: usize) -> usize {
+        (0..=index.min(self.len())).rev().find(|&i| self.is_char_boundary(i)).unwrap_or(0)
+    }
+}
+
+fn read_holder(path: &Path) -> Option<String> {
+    let mut text = String::new();
+    File::open(path).ok()?.take(HOLDER_MAX as u64).read_to_string(&mut text).ok()?;
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_lock_names_its_holder_at_the_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let names = ["a".to_string(), "b".to_string()];
+        let held = Locks::take(directory.path(), &names[1..], "web", Deadline::after(Duration::ZERO)).unwrap();
+        let error =
+            Locks::take(directory.path(), &names, "db", Deadline::after(Duration::from_millis(5))).err().unwrap();
+        assert!(error.to_string().contains("in use by web (pid"), "{error}");
+        // `a` was not kept while `b` was waited for.
+        drop(Locks::take(directory.path(), &names[..1], "x", Deadline::after(Duration::ZERO)).unwrap());
+        drop(held);
+        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO)).unwrap();
+    }
+
+    #[test]
+    fn a_discarded_lock_is_taken_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let names = ["a".to_string()];
+        let held = Locks::take(directory.path(), &names, "web", Deadline::after(Duration::ZERO)).unwrap();
+        held.discard("a").unwrap();
+        assert!(!directory.path().join("a").exists());
+        // The name is free although the old file is still locked.
+        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO)).unwrap();
+    }
+
+    #[test]
+    fn locks_exclude_each_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let counter = std::sync::Mutex::new(0_u32);
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (directory, counter) = (directory.path(), &counter);
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        let mut names = ["a".to_string(), "b".to_string()];
+                        names.rotate_left(thread % 2);
+                        let locks =
+                            Locks::take(directory, &names, "t", Deadline::after(Duration::from_secs(20))).unwrap();
+                        let seen = *counter.lock().unwrap();
+                        std::thread::yield_now();
+                        *counter.lock().unwrap() = seen + 1;
+                        drop(locks);
+                    }
+                });
+            }
+        });
+        assert_eq!(*counter.lock().unwrap(), 160);
+    }
+}

@@ -1,0 +1,288 @@
+//! What the ledger remembers of one instance. The record is the truth; the directories beside it are an index.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::instance::Instance;
+use crate::kernel::{Kind, RouteState};
+use crate::request::Request;
+use crate::request::setting::SettingKey;
+
+/// The form of the files. A program that finds a newer one says so and leaves it alone.
+pub const VERSION: u32 = 1;
+
+/// Everything about one instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Which life of which container.
+    pub instance: Instance,
+    /// The name to show.
+    pub name: String,
+    /// Who called us: `oci`, `lxc`, `command`.
+    pub runtime: String,
+    /// The kernel kind that it was applied on.
+    pub kernel: Kind,
+    /// All wishes so far.
+    pub request: Request,
+    /// While a hook is at work: who. Left behind by a hook that was killed.
+    pub at_work: Option<Writer>,
+    /// The interfaces asked for.
+    pub interfaces: Vec<Interface>,
+    /// Endpoints of ours that are being deleted.
+    pub leaving: Vec<OwnedEndpoint>,
+    /// The limits, if they are ours to care about.
+    pub limits: Option<OwnedLimits>,
+    /// The settings asked for.
+    pub settings: Vec<OwnedSetting>,
+    /// What was said about them.
+    pub warnings: Vec<String>,
+    /// When it was written, in seconds since 1970.
+    pub time: u64,
+}
+
+impl Record {
+    /// The host-wide settings that this instance has a claim on.
+    pub fn host_claims(&self) -> impl Iterator<Item = &SettingKey> {
+        self.settings.iter().filter(|owned| owned.scope == Scope::Host && owned.claimed).map(|owned| &owned.key)
+    }
+
+    /// Whether only the time differs.
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        Self { time: other.time, ..self.clone() } == *other
+    }
+}
+
+/// The process that is changing the kernel for a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Writer {
+    /// Its pid.
+    pub pid: u32,
+    /// Its start time, in clock ticks since boot.
+    pub start_time: u64,
+}
+
+/// How far an interface has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// In force, read back.
+    Applied,
+    /// Its interface or address is not there yet.
+    Pending,
+    /// Somebody changed it.
+    Drifted,
+    /// Not done, with a reason.
+    Ignored,
+    /// A hook was killed while it did it.
+    Interrupted,
+}
+
+impl State {
+    /// The word in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Pending => "pending",
+            Self::Drifted => "drifted",
+            Self::Ignored => "ignored",
+            Self::Interrupted => "interrupted",
+        }
+    }
+}
+
+/// One interface that was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The interface's name, or the glob that no interface matches yet.
+    pub name: String,
+    /// Its flags, as `status` shows them.
+    pub flags: Vec<String>,
+    /// Who asked.
+    pub source: String,
+    /// How far it has come.
+    pub state: State,
+    /// Why, where that is not obvious.
+    pub reason: Option<String>,
+    /// Whether packets find their way out.
+    pub route: RouteState,
+    /// Its endpoints (upstream).
+    pub endpoints: Vec<OwnedEndpoint>,
+    /// Its interface flags (multipath-tcp.org).
+    pub link: Option<OwnedLink>,
+}
+
+/// An endpoint that we rely on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedEndpoint {
+    /// The kernel's id; 0 until it is known.
+    pub id: u8,
+    /// The address.
+    pub address: IpAddr,
+    /// The interface's index.
+    pub index: u32,
+    /// The flags that it shall have.
+    pub flags: u32,
+    /// The flags that it had, if it was somebody else's before: given back, never deleted.
+    pub original: Option<u32>,
+}
+
+/// The interface flags that we set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedLink {
+    /// The interface's index.
+    pub index: u32,
+    /// Which bits.
+    pub mask: u32,
+    /// What they are now.
+    pub bits: u32,
+    /// What they were.
+    pub original: u32,
+}
+
+/// The limits, before and now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedLimits {
+    /// Before the first of ours.
+    pub original: LimitPair,
+    /// What this instance needs.
+    pub needed: LimitPair,
+    /// What was set.
+    pub set: LimitPair,
+}
+
+/// Both limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitPair {
+    /// Additional subflows.
+    pub subflows: u32,
+    /// Accepted ADD_ADDR.
+    pub add_addr_accepted: u32,
+}
+
+impl LimitPair {
+    /// The larger of each.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            subflows: self.subflows.max(other.subflows),
+            add_addr_accepted: self.add_addr_accepted.max(other.add_addr_accepted),
+        }
+    }
+}
+
+/// Where a value lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// In the container's network namespace.
+    Netns,
+    /// Once, for the whole host.
+    Host,
+}
+
+impl Scope {
+    /// The word in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Netns => "netns",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// What became of a wish for a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// In force.
+    Applied,
+    /// It was so already.
+    Shared,
+    /// The other value was kept, with a warning.
+    Kept,
+    /// In force, over somebody's claim.
+    Overrode,
+    /// Somebody else overrode it.
+    Overridden,
+}
+
+impl Outcome {
+    /// The word in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Shared => "shared",
+            Self::Kept => "kept",
+            Self::Overrode => "overrode",
+            Self::Overridden => "overridden",
+        }
+    }
+}
+
+/// A setting that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedSetting {
+    /// Which.
+    pub key: SettingKey,
+    /// The value asked for.
+    pub value: String,
+    /// Where it lives.
+    pub scope: Scope,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// The value before ours, where a release has to put it back in this namespace.
+    pub original: Option<String>,
+    /// Whether it holds others back.
+    pub claimed: bool,
+    /// Who asked.
+    pub source: String,
+}
+
+/// What was done about a conflict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConflictOutcome {
+    /// The container did not start.
+    Refused,
+    /// It started without.
+    Warned,
+    /// The others lost.
+    Overrode,
+    /// Somebody outside changed it; left alone.
+    Drift,
+}
+
+impl ConflictOutcome {
+    /// The word in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Warned => "warned",
+            Self::Overrode => "overrode",
+            Self::Drift => "drift",
+        }
+    }
+}
+
+/// A wish for a shared setting that differed from what others rely on or the policy allows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Conflict {
+    /// In seconds since 1970.
+    pub time: u64,
+    /// The container's id.
+    pub container: String,
+    /// The setting.
+    pub key: String,
+    /// The value asked for.
+    pub wanted: String,
+    /// The value that was in force.
+    pub kept: String,
+    /// The ids of the containers that rely on it.
+    pub holders: Vec<String>,
+    /// What was done.
+    pub outcome: ConflictOutcome,
+    /// Why.
+    pub reason: String,
+}

@@ -1,0 +1,264 @@
+//! The ledger's page on one host-wide setting: its value, who relies on it, and a write that is under way.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::files;
+use super::record::VERSION;
+use crate::instance::Instance;
+use crate::plan::HostClaim;
+use crate::request::setting::{self, SettingKey};
+
+/// What the page says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Which setting.
+    pub key: SettingKey,
+    /// The value before the first of ours.
+    pub original: String,
+    /// The value that we wrote last, or found and relied on.
+    pub value: String,
+    /// Who relies on it, the oldest first.
+    pub claims: Vec<Claim>,
+    /// A write that was begun.
+    pub intent: Option<Intent>,
+}
+
+/// One container's reliance on a value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Who.
+    pub instance: Instance,
+    /// At which value.
+    pub value: String,
+    /// When it was made, in nanoseconds since 1970; decides which claim is the newest.
+    pub time: u64,
+    /// Somebody else overrode it.
+    pub overridden: bool,
+}
+
+/// A write to the kernel that is about to happen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Who writes.
+    pub instance: Instance,
+    /// Which setting.
+    pub key: SettingKey,
+    /// The value before.
+    pub original: String,
+    /// The value to be written.
+    pub wanted: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Value {
+    version: u32,
+    key: SettingKey,
+    original: String,
+    value: String,
+}
+
+/// The name of a setting's directory and lock.
+pub fn directory_name(key: &SettingKey) -> String {
+    // `/` cannot stand in a name, and `~` cannot stand in a key.
+    match key {
+        SettingKey::Sysctl(path) => path.replace('/', "~"),
+        SettingKey::Module(..) => key.to_string(),
+    }
+}
+
+/// The files of one setting.
+#[derive(Clone, Debug)]
+pub struct Page {
+    directory: PathBuf,
+}
+
+impl Page {
+    /// The page of `key`.
+    pub fn new(settings: &Path, key: &SettingKey) -> Self {
+        Self { directory: settings.join(directory_name(key)) }
+    }
+
+    /// The page in `directory`.
+    pub fn at(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
+    /// Reads all of it; None if nobody relies on the setting.
+    pub fn read(&self) -> Result<Option<Setting>> {
+        let Some(mut setting) = self.read_value()? else { return Ok(None) };
+        let claims = self.directory.join("claims");
+        for name in files::names(&claims)? {
+            setting.claims.extend(files::read::<Claim>(&claims.join(name))?);
+        }
+        setting.claims.sort_by_key(|claim| claim.time);
+        Ok(Some(setting))
+    }
+
+    /// Reads the value alone, which costs the same however many rely on it.
+    pub fn read_value(&self) -> Result<Option<Setting>> {
+        let value: Option<Value> = files::read(&self.directory.join("value"))?;
+        let intent: Option<Intent> = files::read(&self.directory.join("intent"))?;
+        Ok(match (value, intent) {
+            (None, None) => None,
+            (Some(Value { key, original, value, .. }), intent) => {
+                Some(Setting { key, original, value, claims: Vec::new(), intent })
+            }
+            // The first writer of all was killed before it wrote the value's file.
+            (None, Some(intent)) => Some(Setting {
+                key: intent.key.clone(),
+                original: intent.original.clone(),
+                value: intent.original.clone(),
+                claims: Vec::new(),
+                intent: Some(intent),
+            }),
+        })
+    }
+
+    /// Announces a write, before the kernel is written.
+    pub fn intend(&self, instance: &Instance, key: &SettingKey, original: &str, wanted: &str) -> Result<()> {
+        files::make_directory(&self.directory)?;
+        let intent = Intent {
+            version: VERSION,
+            instance: instance.clone(),
+            key: key.clone(),
+            original: original.into(),
+            wanted: wanted.into(),
+        };
+        files::write(&self.directory.join("intent"), &intent)
+    }
+
+    /// Withdraws an intent: nothing was written, or it was undone.
+    pub fn withdraw(&self) -> Result<()> {
+        files::remove(&self.directory.join("intent"))?;
+        self.tidy()
+    }
+
+    /// Sets down the value that is in force now.
+    pub fn set_value(&self, key: &SettingKey, original: &str, value: &str) -> Result<()> {
+        files::make_directory(&self.directory)?;
+        let value = Value { version: VERSION, key: key.clone(), original: original.into(), value: value.into() };
+        files::write(&self.directory.join("value"), &value)
+    }
+
+    /// Enters a claim, or replaces the container's earlier one.
+    pub fn claim(&self, claim: &Claim) -> Result<()> {
+        let claims = self.directory.join("claims");
+        files::make_directory(&claims)?;
+        files::write(&claims.join(claim.instance.container.key()), claim)
+    }
+
+    /// Strikes a container's claim.
+    pub fn unclaim(&self, container: &str) -> Result<()> {
+        files::remove(&self.directory.join("claims").join(container))
+    }
+
+    /// Enters what a plan says: the value, who was overridden, our claim. The write's intent is fulfilled with it.
+    pub fn enter(&self, claim: &HostClaim, instance: &Instance) -> Result<()> {
+        let before = self.read_value()?;
+        let is_known =
+            before.as_ref().is_some_and(|b| b.original == claim.original && b.is(&claim.value) && b.intent.is_none());
+        if !is_known {
+            self.set_value(&claim.key, &claim.original, &claim.value)?;
+        }
+        if claim.written.is_some() {
+            // Others may have wanted this very value and been overridden before.
+            if let Some(setting) = self.read()? {
+                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &claim.value)?;
+            }
+        }
+        for dead in &claim.dead {
+            self.unclaim(dead)?;
+        }
+        self.claim(&Claim {
+            version: VERSION,
+            instance: instance.clone(),
+            value: claim.value.clone(),
+            time: nanoseconds(),
+            overridden: false,
+        })?;
+        if claim.written.is_some() {
+            files::remove(&self.directory.join("intent"))?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what [`Page::enter`] may have written: the kernel has its former value again. `before` is the
+    /// claim that the container had.
+    pub fn leave_as_before(&self, claim: &HostClaim, instance: &Instance, before: Option<&Claim>) -> Result<()> {
+        match before {
+            Some(before) => self.claim(before)?,
+            None => self.unclaim(&instance.container.key())?,
+        }
+        if let Some(setting) = self.read()? {
+            if setting.claims.is_empty() {
+                self.forget()?;
+            } else if let Some(written) = &claim.written {
+                self.set_value(&claim.key, &setting.original, &written.before)?;
+                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &written.before)?;
+            }
+        }
+        self.withdraw()
+    }
+
+    /// A container's claim.
+    pub fn claim_of(&self, container: &str) -> Result<Option<Claim>> {
+        files::read(&self.directory.join("claims").join(container))
+    }
+
+    /// Marks the claims whose value is not the one in force.
+    pub fn mark_overridden(&self, claims: &[&Claim], in_force: &str) -> Result<()> {
+        for claim in claims {
+            let Some(setting) = self.read_value()? else { return Ok(()) };
+            let overridden = !setting::same(&setting.key, &claim.value, in_force);
+            if claim.overridden != overridden {
+                self.claim(&Claim { overridden, ..(*claim).clone() })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles a write that a killed hook had begun; `actual` is the value now. The setting's lock is held.
+    pub fn recover(&self, actual: &str) -> Result<()> {
+        let Some(setting) = self.read_value()? else { return Ok(()) };
+        let Some(intent) = &setting.intent else { return Ok(()) };
+        // The write happened: the value is ours. Whether anybody still wants it is for the next step to see.
+        if setting::same(&intent.key, actual, &intent.wanted) {
+            self.set_value(&intent.key, &setting.original, &intent.wanted)?;
+        }
+        // It did not, or somebody else has written since: nothing to do about it.
+        self.withdraw()
+    }
+
+    /// Forgets the setting: nobody relies on it any more.
+    pub fn forget(&self) -> Result<()> {
+        files::remove(&self.directory.join("value"))?;
+        self.tidy()
+    }
+
+    /// Removes directories that have become empty; full ones stay.
+    fn tidy(&self) -> Result<()> {
+        let _ = std::fs::remove_dir(self.directory.join("claims"));
+        let _ = std::fs::remove_dir(&self.directory);
+        Ok(())
+    }
+}
+
+/// Nanoseconds since 1970: the order of claims.
+fn nanoseconds() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+}
+
+impl Setting {
+    /// Whether `value` is the setting's.
+    pub fn is(&self, value: &str) -> bool {
+        setting::same(&self.key, &self.value, value)
+    }
+}

@@ -1,0 +1,241 @@
+//! `mptcp-hook` sets containers up for Multipath TCP: a hook for LXC and OCI runtimes, and a command for people.
+//!
+//! Data flows one way through these modules, in this order:
+//!
+//! | module | what it answers |
+//! |---|---|
+//! | [`cli`] | which verb, with which words? |
+//! | [`front`] | who calls (OCI runtime, LXC, a person), on which container? |
+//! | [`request`] | what is asked for, and by whom? |
+//! | [`policy`] | may it? |
+//! | [`plan`] | what is there to do? (pure) |
+//! | [`kernel`] | do it in the container's network namespace, read it back |
+//! | [`ledger`] | remember it |
+//! | [`report`] | say it |
+//!
+//! The verbs [`apply`], [`release`] and [`status`] take data through them; [`instance`] tells one life of a container
+//! from another, [`context`] holds what a run needs to know about itself.
+
+pub mod apply;
+pub mod cli;
+pub mod context;
+pub mod deadline;
+pub mod error;
+pub mod front;
+pub mod instance;
+pub mod kernel;
+pub mod ledger;
+pub mod plan;
+pub mod policy;
+pub mod privileges;
+pub mod release;
+pub mod report;
+pub mod request;
+pub mod status;
+mod sys;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use cli::{Action, Globals};
+use context::Context;
+use deadline::Deadline;
+use front::{Apply, Call, command, lxc, oci};
+use ledger::Ledger;
+use policy::OnError;
+use report::journal::Priority;
+
+/// How long standard input is waited for, before the policy (and with it the deadline) is read.
+const STDIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs one command line and reports. The exit status: 0 done, 1 failed and undone, 2 wrong usage, 3 refused.
+pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    // Whatever else is wrong, the runtime must be able to write the state to the end.
+    let stdin = cli::peek_is_oci(&arguments).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
+    let mut run = Run::default();
+    match run.verb(arguments, stdin) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => run.failed(&error),
+    }
+}
+
+/// What is known about the run when it ends.
+#[derive(Default)]
+struct Run {
+    /// The container's id, once it is known.
+    container: Option<String>,
+    /// Whether a hook's failure may let the container start.
+    may_continue: bool,
+}
+
+impl Run {
+    fn verb(&mut self, arguments: Vec<OsString>, stdin: Option<Result<Vec<u8>>>) -> Result<()> {
+        let (globals, action) = cli::parse(arguments)?;
+        if let Action::Print(text) = action {
+            report::print(&text);
+            return Ok(());
+        }
+        privileges::begin()?;
+        match action {
+            Action::Print(_) => Ok(()),
+            Action::Oci(wishes) => {
+                let context = self.hook_context(&globals)?;
+                let state = oci::parse(&stdin.unwrap_or_else(|| Ok(Vec::new()))?)?;
+                self.container = Some(state.id().into());
+                let call = state.into_call(wishes, &context.policy, &context.containers)?;
+                self.hook(call, &context)
+            }
+            Action::Lxc(wishes, words) => {
+                let context = self.hook_context(&globals)?;
+                let environment = lxc::Environment::read(|name| std::env::var_os(name), &words)?;
+                self.container = Some(environment.name().into());
+                let call = environment.into_call(wishes, &context.policy, &context.containers)?;
+                self.hook(call, &context)
+            }
+            Action::Apply { target, wishes, dry_run, json } => {
+                let context = Context::new(&globals)?;
+                let ledger = Ledger::open(&context.state_dir)?;
+                let call = command::apply(&target, wishes, &context.policy, &context.containers, ledger.as_ref())?;
+                self.container = Some(call.container.id.clone());
+                self.apply(call, &context, dry_run, json)
+            }
+            Action::Release(target) => {
+                let context = Context::new(&globals)?;
+                let ledger = Ledger::open(&context.state_dir)?;
+                let container = command::release(&target, ledger.as_ref())?;
+                self.container = Some(container.id.clone());
+                let done = release::release(&container, &context, release::Cause::Person)?;
+                self.released(done)
+            }
+            Action::ReleaseStale => self.release_stale(&Context::new(&globals)?),
+            Action::Status { name, json } => {
+                let status = status::status(&Context::new(&globals)?, name.as_deref())?;
+                report::print(&if json { report::json::status(&status)? } else { report::text::status(&status) });
+                Ok(())
+            }
+        }
+    }
+
+    fn hook_context(&mut self, globals: &Globals) -> Result<Context> {
+        let context = Context::new(globals)?;
+        self.may_continue = context.policy.on_error == OnError::Continue;
+        Ok(context)
+    }
+
+    fn hook(&mut self, call: Call, context: &Context) -> Result<()> {
+        match call {
+            Call::Apply(call) => self.apply(*call, context, false, false),
+            Call::Release(container) => {
+                let done = release::release(&container, context, release::Cause::Hook)?;
+                self.released(done)
+            }
+        }
+    }
+
+    fn apply(&mut self, call: Apply, context: &Context, dry_run: bool, json: bool) -> Result<()> {
+        let by_hand = call.container.door == instance::Door::Command;
+        let notes = call.notes.clone();
+        let done = apply::apply(call, context, dry_run)?;
+        privileges::end()?;
+        match done {
+            apply::Done::Nothing(reason) => {
+                // Every container's start comes here: nothing is said unless there is something to say.
+                let mut words = notes;
+                words.extend(reason);
+                if words.is_empty() && by_hand {
+                    words.push("nothing is asked for; see mptcp-hook apply --help".into());
+                }
+                if !words.is_empty() {
+                    self.say(Priority::Info, &words.join("; "));
+                }
+            }
+            apply::Done::Planned(request, plan) => {
+                report::print(&if json {
+                    serde_json::to_string(&plan.shown(&request))? + "\n"
+                } else {
+                    report::text::plan(&request, &plan)
+                });
+                if let Some(reason) = plan.refusal() {
+                    return Err(error::refused(format!("it would be refused: {reason}")));
+                }
+            }
+            apply::Done::Applied(record, changed) => {
+                let priority = if record.warnings.is_empty() { Priority::Info } else { Priority::Warning };
+                self.say(priority, &report::text::applied(&record, changed));
+                if json {
+                    report::print(&(serde_json::to_string(&record)? + "\n"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn released(&mut self, done: release::Done) -> Result<()> {
+        privileges::end()?;
+        self.say_released(&done);
+        Ok(())
+    }
+
+    fn release_stale(&mut self, context: &Context) -> Result<()> {
+        let mut failed = 0;
+        let all = release::stale(context)?;
+        privileges::end()?;
+        if all.is_empty() {
+            self.say(Priority::Info, "no dead container is in the ledger");
+        }
+        for done in all {
+            match done {
+                Ok(done) => {
+                    if let release::Done::Released(record, _) | release::Done::Alive(record) = &done {
+                        self.container = Some(record.instance.container.id.clone());
+                    }
+                    self.say_released(&done);
+                }
+                Err(error) => {
+                    failed += 1;
+                    self.container = None;
+                    self.say(Priority::Error, &format!("{error:#}"));
+                }
+            }
+        }
+        self.container = None;
+        if failed > 0 { Err(anyhow::anyhow!("{failed} could not be released")) } else { Ok(()) }
+    }
+
+    fn say_released(&self, done: &release::Done) {
+        match done {
+            release::Done::Unknown => {}
+            release::Done::Alive(record) => {
+                let pid = record.instance.pid.map_or("unknown".into(), |pid| pid.to_string());
+                let message =
+                    format!("its id is in use by a container that is alive (pid {pid}): nothing was released");
+                self.say(Priority::Info, &message);
+            }
+            release::Done::Released(_, notes) if notes.is_empty() => self.say(Priority::Info, "released"),
+            release::Done::Released(_, notes) => {
+                self.say(Priority::Warning, &format!("released; {}", notes.join("; ")))
+            }
+        }
+    }
+
+    fn say(&self, priority: Priority, message: &str) {
+        report::say(priority, self.container.as_deref(), message);
+    }
+
+    /// Reports an error and gives the exit status.
+    fn failed(&self, error: &anyhow::Error) -> ExitCode {
+        let status = error::exit_status(error);
+        let message = format!("{error:#}");
+        if status == 1 && self.may_continue {
+            let message = format!("{message}; the container starts without (on-error = \"continue\")");
+            self.say(Priority::Warning, &message);
+            return ExitCode::SUCCESS;
+        }
+        let message = if status == 3 { format!("refused: {message}") } else { message };
+        self.say(Priority::Error, &message);
+        ExitCode::from(status)
+    }
+}

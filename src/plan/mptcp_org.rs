@@ -1,0 +1,105 @@
+//! Interface flags of multipath-tcp.org kernels.
+
+use anyhow::{Result, bail};
+
+use super::Draft;
+use crate::error::usage;
+use crate::kernel::{Change, ENDPOINTS_MAX};
+use crate::ledger::record::{OwnedLink, State};
+use crate::request::Limit;
+use crate::request::flags::{IFF_MPBACKUP, IFF_NOMULTIPATH};
+use crate::request::setting::{self, SettingKey};
+
+pub fn plan(draft: &mut Draft) -> Result<()> {
+    let input = draft.input;
+    for limit in [Limit::Subflows, Limit::AddAddrAccepted] {
+        if let Some((wish, _)) = input.request.limit(limit) {
+            return Err(usage(format!(
+                "{} asks for the limit {limit}, which upstream kernels alone have; here the path manager's module parameters decide (mptcp_fullmesh.num_subflows)",
+                wish.source
+            )));
+        }
+    }
+    let wanted = draft.wanted_interfaces()?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let will_be = |name: &str| -> Option<String> {
+        let key = SettingKey::Sysctl(format!("net/mptcp/{name}"));
+        let asked = draft.plan.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.clone());
+        asked.or_else(|| {
+            let seen = input.facts.settings.get(&key)?;
+            seen.host.value().or(seen.target.value()).map(String::from)
+        })
+    };
+    let (enabled, path_manager, scheduler) =
+        (will_be("mptcp_enabled"), will_be("mptcp_path_manager"), will_be("mptcp_scheduler"));
+    if enabled.as_deref().and_then(setting::integer) == Some(0) {
+        bail!("net.mptcp.mptcp_enabled is 0 on this host: interface flags would do nothing; enable MPTCP first");
+    }
+    let mut any_backup = false;
+    for one in wanted {
+        let Some((bits, mask)) = one.flags.link_bits() else {
+            return Err(usage(format!(
+                "{} asks for {} on {}: on multipath-tcp.org kernels the path manager decides that; only subflow, backup, off and default can be asked for",
+                one.wish.source, one.flags, one.name
+            )));
+        };
+        let Some(index) = one.index else {
+            let pending = one.entry(State::Pending, Some("no such interface yet".into()));
+            draft.plan.interfaces.push(pending);
+            continue;
+        };
+        if draft.is_held_otherwise(&one) {
+            continue;
+        }
+        let Some(link) = input.facts.links.iter().find(|link| link.index == index) else { continue };
+        let now = link.flags & mask;
+        // Whoever of us came first knows what was there before.
+        let original = input
+            .previous
+            .into_iter()
+            .chain(input.siblings)
+            .flat_map(|record| &record.interfaces)
+            .filter_map(|interface| interface.link.as_ref())
+            .find(|owned| owned.index == index)
+            .map_or(now, |owned| owned.original);
+        if now != bits {
+            let set = |bits| Change::LinkFlags { index, name: link.name.clone(), bits, mask };
+            draft.step(set(bits), Some(set(now)), one.wish.source.place.clone());
+        }
+        any_backup |= bits & IFF_MPBACKUP != 0;
+        if bits & IFF_NOMULTIPATH != 0 && input.facts.default_route_links.contains(&index) {
+            draft.warn(format!(
+                "{} is off and the default route leaves by it: connections over it will be plain TCP",
+                link.name
+            ));
+        }
+        let mut entry = one.entry(State::Applied, None);
+        entry.link = Some(OwnedLink { index, mask, bits, original });
+        draft.plan.interfaces.push(entry);
+    }
+    if let Some(path_manager) = path_manager.filter(|name| name != "fullmesh") {
+        draft.warn(format!(
+            "the path manager is {path_manager}: only fullmesh reads interface flags, so they do nothing until net.mptcp.mptcp_path_manager = fullmesh"
+        ));
+    }
+    match scheduler.as_deref() {
+        Some("roundrobin") if any_backup => {
+            draft.warn("the scheduler roundrobin ignores backup: it sends on backup paths too");
+        }
+        Some(name @ ("blest" | "ecf")) if any_backup => {
+            draft.warn(format!("the scheduler {name} stalls with an idle backup path; use default or redundant"));
+        }
+        _ => {}
+    }
+    for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
+        let usable = input.facts.addresses.iter().filter(|a| a.ip.is_ipv4() == is_v4 && a.is_usable()).count();
+        if usable > ENDPOINTS_MAX {
+            draft.warn(format!(
+                "{usable} {family} addresses: the kernel uses {ENDPOINTS_MAX} per namespace and silently ignores the others"
+            ));
+        }
+    }
+    Ok(())
+}

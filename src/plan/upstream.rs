@@ -1,0 +1,405 @@
+//! Endpoints and limits of upstream kernels.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, bail};
+
+use super::{Clash, Draft, Wanted};
+use crate::error::usage;
+use crate::kernel::{Change, ENDPOINTS_MAX, Endpoint, Limits};
+use crate::ledger::record::{Interface, LimitPair, OwnedEndpoint, OwnedLimits, Record, State};
+use crate::request::flags::{EndpointFlags, InterfaceFlags};
+use crate::request::pattern::Pattern;
+use crate::request::setting::{self, SettingKey};
+use crate::request::{LIMIT_MAX, Limit, OnConflict, What};
+
+pub fn plan(draft: &mut Draft) -> Result<()> {
+    let wanted = draft.wanted_interfaces()?;
+    if wanted.iter().any(|one| matches!(one.flags, InterfaceFlags::Endpoint(_))) {
+        check_mptcp_works(draft)?;
+    }
+    let mut kept = Vec::new();
+    for one in wanted {
+        if let InterfaceFlags::Handover(bits) = one.flags {
+            return Err(usage(format!(
+                "{} asks for {bits:#x} on {}: the handover bit 0x200000 exists on OpenMPTCProuter's kernels alone",
+                one.wish.source, one.name
+            )));
+        }
+        if !draft.is_held_otherwise(&one) {
+            kept.push(one);
+        }
+    }
+    let mut places = places(draft, &kept);
+    let desired: Vec<IpAddr> = places.iter().flat_map(|place| place.addresses()).collect();
+    let deletes = leave(draft, &desired);
+    choose(draft, &mut places, &desired, deletes);
+    // Limits before endpoints: a subflow that a limit forbids is not tried again.
+    let chosen: Vec<(EndpointFlags, usize)> =
+        places.iter().map(|place| (place.flags, place.candidates.iter().filter(|c| c.chosen).count())).collect();
+    limits(draft, &chosen)?;
+    for place in &places {
+        let entry = endpoints(draft, place)?;
+        draft.plan.interfaces.push(entry);
+    }
+    for one in &kept {
+        match one.flags {
+            InterfaceFlags::Off => off(draft, one),
+            InterfaceFlags::Default => {
+                let entry = one.entry(if one.index.is_some() { State::Applied } else { State::Pending }, None);
+                draft.plan.interfaces.push(entry);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn mptcp_value<'a>(draft: &'a Draft, name: &str) -> Option<&'a str> {
+    let key = SettingKey::Sysctl(format!("net/mptcp/{name}"));
+    let asked = draft.plan.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.as_str());
+    asked.or_else(|| draft.input.facts.settings.get(&key)?.target.value())
+}
+
+fn check_mptcp_works(draft: &mut Draft) -> Result<()> {
+    if mptcp_value(draft, "enabled").and_then(setting::integer) == Some(0) {
+        bail!(
+            "net.mptcp.enabled is 0 in the container's namespace: endpoints would do nothing; ask for --sysctl enabled=1 too"
+        );
+    }
+    let userspace = mptcp_value(draft, "path_manager").map(|name| name != "kernel") == Some(true)
+        || mptcp_value(draft, "pm_type").and_then(setting::integer).is_some_and(|n| n != 0);
+    if userspace {
+        draft.warn("the path manager of the namespace is not the kernel's: endpoints are left to the daemon (mptcpd) that runs it");
+    }
+    Ok(())
+}
+
+/// An interface that shall have endpoints.
+struct Place<'a> {
+    wanted: Wanted<'a>,
+    flags: EndpointFlags,
+    index: Option<u32>,
+    candidates: Vec<Candidate>,
+}
+
+/// One of its usable addresses.
+struct Candidate {
+    address: IpAddr,
+    /// Whether an earlier one of the same family stands before it on this interface.
+    extra: bool,
+    chosen: bool,
+}
+
+impl Place<'_> {
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.candidates.iter().map(|candidate| candidate.address)
+    }
+
+    fn is_glob(&self) -> bool {
+        match &self.wanted.wish.what {
+            What::Interface(pattern, _) => !Pattern::is_exact(pattern),
+            _ => false,
+        }
+    }
+}
+
+fn places<'a>(draft: &Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
+    let mut places = Vec::new();
+    for one in wanted {
+        let InterfaceFlags::Endpoint(flags) = one.flags else { continue };
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for address in draft.input.facts.addresses.iter().filter(|a| Some(a.ifindex) == one.index && a.is_usable()) {
+            let extra = candidates.iter().any(|c| c.address.is_ipv4() == address.ip.is_ipv4());
+            candidates.push(Candidate { address: address.ip, extra, chosen: false });
+        }
+        places.push(Place { wanted: one.clone(), flags, index: one.index, candidates });
+    }
+    places
+}
+
+/// Our endpoint for an address: of this instance, else of a sibling.
+fn owned<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a OwnedEndpoint> {
+    let of = |record: &'a Record| {
+        record.interfaces.iter().flat_map(|i| &i.endpoints).chain(&record.leaving).find(|e| e.address == address)
+    };
+    draft.input.previous.into_iter().chain(draft.input.siblings).find_map(of)
+}
+
+/// The present endpoint for an address; one with a port of its own is another one.
+fn present<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a Endpoint> {
+    draft.input.facts.endpoints.iter().find(|e| e.address == address && e.port.is_none())
+}
+
+/// Deletes or gives back what this instance had and no longer wants. Returns how many places that frees.
+fn leave(draft: &mut Draft, desired: &[IpAddr]) -> usize {
+    let input = draft.input;
+    let Some(previous) = input.previous else { return 0 };
+    let gone: Vec<&OwnedEndpoint> = previous
+        .interfaces
+        .iter()
+        .flat_map(|interface| &interface.endpoints)
+        .chain(&previous.leaving)
+        .filter(|endpoint| !desired.contains(&endpoint.address))
+        .collect();
+    let mut freed = 0;
+    for endpoint in gone {
+        let relied_on = input
+            .siblings
+            .iter()
+            .flat_map(|r| &r.interfaces)
+            .flat_map(|i| &i.endpoints)
+            .any(|e| e.address == endpoint.address);
+        let Some(now) = present(draft, endpoint.address).cloned() else { continue };
+        // Somebody else's change since then is theirs.
+        if relied_on || now.flags != endpoint.flags {
+            continue;
+        }
+        let why = format!("{} is no longer asked for or no longer there", endpoint.address);
+        match endpoint.original {
+            None => {
+                draft.step(Change::DeleteEndpoint(now.clone()), Some(Change::AddEndpoint(now)), why);
+                freed += 1;
+            }
+            Some(original) if original != now.flags => {
+                let back = Endpoint { flags: original, ..now.clone() };
+                draft.step(Change::SetEndpointFlags(back), Some(Change::SetEndpointFlags(now)), why);
+            }
+            Some(_) => {}
+        }
+        draft.plan.leaving.push(endpoint.clone());
+    }
+    freed
+}
+
+/// Picks the addresses that get an endpoint when there are more than places: one per interface and family before any
+/// second one, exact names before globs.
+fn choose(draft: &Draft, places: &mut [Place], desired: &[IpAddr], freed: usize) {
+    let others =
+        draft.input.facts.endpoints.iter().filter(|e| e.port.is_some() || !desired.contains(&e.address)).count();
+    let mut free = ENDPOINTS_MAX.saturating_sub(others.saturating_sub(freed));
+    for (extra, glob) in [(false, false), (false, true), (true, false), (true, true)] {
+        for place in places.iter_mut() {
+            if place.is_glob() != glob {
+                continue;
+            }
+            for candidate in place.candidates.iter_mut().filter(|c| c.extra == extra) {
+                if free > 0 {
+                    candidate.chosen = true;
+                    free -= 1;
+                }
+            }
+        }
+    }
+}
+
+fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
+    let input = draft.input;
+    let Some(now) = input.facts.limits.map(pair) else { return Ok(()) };
+    let count =
+        |flag: EndpointFlags| chosen.iter().filter(|(f, _)| f.contains(flag)).map(|(_, n)| *n as u32).sum::<u32>();
+    let fullmesh = count(EndpointFlags::FULLMESH) > 0;
+    let mut needed = LimitPair {
+        subflows: count(EndpointFlags::SUBFLOW).max(count(EndpointFlags::SIGNAL)).min(LIMIT_MAX),
+        add_addr_accepted: u32::from(fullmesh),
+    };
+    // What was there before the first of us, as long as it is still what we set.
+    let ours: Vec<OwnedLimits> =
+        input.previous.into_iter().chain(input.siblings).filter_map(|record| record.limits).collect();
+    let original = ours.iter().find(|own| own.set == now).map_or(now, |own| own.original);
+    let siblings = input
+        .siblings
+        .iter()
+        .filter_map(|record| record.limits)
+        .fold(LimitPair::default(), |all, own| all.max(own.needed));
+    let floor = original.max(siblings);
+    let mut lowered = floor;
+    for limit in [Limit::Subflows, Limit::AddAddrAccepted] {
+        let Some((wish, asked)) = input.request.limit(limit) else { continue };
+        let (present, needs) = match limit {
+            Limit::Subflows => (floor.subflows, needed.subflows),
+            Limit::AddAddrAccepted => (floor.add_addr_accepted, needed.add_addr_accepted),
+        };
+        if let Err(reason) = input.policy.allows_limit(&wish.source) {
+            if asked != present {
+                clash(draft, limit, &wish.source, asked, present, reason, false);
+            }
+            continue;
+        }
+        if asked < present {
+            let reason = format!(
+                "{} asks for the limit {limit} = {asked}, below the present {present}; connections that use more would lose by it",
+                wish.source
+            );
+            if clash(draft, limit, &wish.source, asked, present, reason, true) != OnConflict::Override {
+                continue;
+            }
+            match limit {
+                Limit::Subflows => lowered.subflows = asked,
+                Limit::AddAddrAccepted => lowered.add_addr_accepted = asked,
+            }
+        }
+        if asked < needs {
+            draft.warn(format!("the limit {limit} = {asked} is raised to {needs}, which the endpoints asked for need"));
+        }
+        match limit {
+            Limit::Subflows => needed.subflows = needs.max(asked),
+            Limit::AddAddrAccepted => needed.add_addr_accepted = needs.max(asked),
+        }
+    }
+    if needed == LimitPair::default() && input.previous.is_none_or(|record| record.limits.is_none()) {
+        return Ok(());
+    }
+    let set = lowered.max(needed);
+    if set != now {
+        let why = "the endpoints and limits asked for";
+        draft.step(Change::Limits(unpair(set)), Some(Change::Limits(unpair(now))), why);
+    }
+    draft.plan.limits = Some(OwnedLimits { original, needed, set });
+    Ok(())
+}
+
+fn clash(
+    draft: &mut Draft,
+    limit: Limit,
+    source: &crate::request::Source,
+    asked: u32,
+    present: u32,
+    reason: String,
+    can_override: bool,
+) -> OnConflict {
+    let holders = draft
+        .input
+        .siblings
+        .iter()
+        .filter(|record| record.limits.is_some())
+        .map(|record| record.instance.container.id.clone())
+        .collect();
+    draft.clash(Clash {
+        key: format!("limit.{limit}"),
+        wanted: asked.to_string(),
+        kept: present.to_string(),
+        holders,
+        reason,
+        can_override,
+        source,
+        setting: None,
+    })
+}
+
+fn pair(limits: Limits) -> LimitPair {
+    LimitPair { subflows: limits.subflows, add_addr_accepted: limits.add_addr_accepted }
+}
+
+fn unpair(limits: LimitPair) -> Limits {
+    Limits { subflows: limits.subflows, add_addr_accepted: limits.add_addr_accepted }
+}
+
+/// The steps for one interface's endpoints, and its entry.
+fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
+    let Some(index) = place.index else {
+        return Ok(place.wanted.entry(State::Pending, Some("no such interface yet".into())));
+    };
+    let mut entry = place.wanted.entry(State::Applied, None);
+    let mut left_out = Vec::new();
+    for candidate in &place.candidates {
+        if candidate.chosen {
+            let owned = endpoint(draft, place, candidate.address, index)?;
+            entry.endpoints.push(owned);
+        } else {
+            left_out.push(candidate.address.to_string());
+        }
+    }
+    if place.candidates.is_empty() {
+        entry.state = State::Pending;
+        entry.reason = Some("no usable address yet (global, not temporary, deprecated or failed)".into());
+    } else if !left_out.is_empty() {
+        let reason = format!("no endpoint for {}: a namespace has at most {ENDPOINTS_MAX}", left_out.join(", "));
+        draft.warn(format!("{}: {reason}", place.wanted.name));
+        entry.reason = Some(reason);
+        if entry.endpoints.is_empty() {
+            entry.state = State::Ignored;
+        }
+    }
+    Ok(entry)
+}
+
+fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Result<OwnedEndpoint> {
+    let flags = place.flags.0;
+    let why = place.wanted.wish.source.place.clone();
+    let name = &place.wanted.name;
+    let fresh = Endpoint { id: 0, address, port: None, ifindex: index, flags };
+    let known = owned(draft, address);
+    let now = present(draft, address).cloned();
+    let (id, original) = match now {
+        // The kernel replaces one that it made by itself.
+        Some(now) if EndpointFlags(now.flags).contains(EndpointFlags::IMPLICIT) => {
+            draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
+            (0, None)
+        }
+        None => {
+            draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
+            (0, None)
+        }
+        Some(now) => {
+            let original = match known {
+                Some(known) => known.original,
+                None => Some(now.flags),
+            };
+            let changeable = (now.flags ^ flags) & !EndpointFlags::CHANGEABLE.0 == 0;
+            // Somebody else's without an interface can be used as it is; it may leave by another one.
+            let fits = now.ifindex == index || original.is_some() && now.ifindex == 0;
+            if fits && changeable {
+                if now.ifindex != index {
+                    draft.warn(format!("{name}: the endpoint {address} was there before and is bound to no interface; its subflows may leave by another one"));
+                }
+                if now.flags != flags {
+                    let wanted = Endpoint { flags, ..now.clone() };
+                    draft.step(Change::SetEndpointFlags(wanted), Some(Change::SetEndpointFlags(now.clone())), why);
+                }
+                (now.id, original)
+            } else if original.is_none() {
+                draft.step(Change::DeleteEndpoint(now.clone()), Some(Change::AddEndpoint(now)), why.clone());
+                draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
+                (0, None)
+            } else {
+                bail!(
+                    "{name}: somebody else made the endpoint {address} (id {}) as {}, which cannot be changed to {}; delete it first: ip mptcp endpoint delete id {}",
+                    now.id,
+                    EndpointFlags(now.flags).names().join(","),
+                    place.flags.names().join(","),
+                    now.id
+                );
+            }
+        }
+    };
+    Ok(OwnedEndpoint { id, address, index, flags, original })
+}
+
+/// `off`: no endpoint of ours is left by now; what others do is only said.
+fn off(draft: &mut Draft, one: &Wanted) {
+    let Some(index) = one.index else {
+        let entry = one.entry(State::Pending, Some("no such interface yet".into()));
+        draft.plan.interfaces.push(entry);
+        return;
+    };
+    let facts = draft.input.facts;
+    let on_it = |endpoint: &Endpoint| {
+        endpoint.ifindex == index || facts.addresses.iter().any(|a| a.ifindex == index && a.ip == endpoint.address)
+    };
+    let leaving: Vec<IpAddr> = draft.plan.leaving.iter().map(|endpoint| endpoint.address).collect();
+    for endpoint in facts.endpoints.iter().filter(|e| on_it(e) && !leaving.contains(&e.address)) {
+        draft.warn(format!(
+            "{} is off, but somebody else's endpoint {} (id {}) still uses it",
+            one.name, endpoint.address, endpoint.id
+        ));
+    }
+    if facts.default_route_links.contains(&index) {
+        draft.warn(format!(
+            "{} is off, but the default route leaves by it: first subflows will use it all the same",
+            one.name
+        ));
+    }
+    let entry = one.entry(State::Applied, None);
+    draft.plan.interfaces.push(entry);
+}

@@ -1,0 +1,293 @@
+//! The verb `release`: what was set up for a container is undone, as far as it is still ours and nobody else's.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use crate::context::Context;
+use crate::instance::{self, ContainerId, Instance};
+use crate::kernel::netns::{Namespace, Visit};
+use crate::kernel::{self, Change, Endpoint, Facts, Kernel, Limits};
+use crate::ledger::record::{Conflict, ConflictOutcome, OwnedEndpoint, Record, Scope};
+use crate::ledger::{self, Ledger, Locks};
+use crate::request::setting::{self, SettingKey};
+
+/// Why a container is let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// A hook says that it has stopped. If it is alive, its id is used again.
+    Hook,
+    /// A person wants it.
+    Person,
+    /// It is dead and nobody said so.
+    Stale,
+}
+
+/// What came of it.
+pub enum Done {
+    /// The ledger does not know it.
+    Unknown,
+    /// It is alive, and so was left alone.
+    Alive(Box<Record>),
+    /// It is let go; what people should know about it.
+    Released(Box<Record>, Vec<String>),
+}
+
+/// Lets one container go.
+pub fn release(container: &ContainerId, context: &Context, cause: Cause) -> Result<Done> {
+    let Some(ledger) = Ledger::open(&context.state_dir)? else { return Ok(Done::Unknown) };
+    let key = container.key();
+    let Some(seen) = ledger.record(&key)? else { return Ok(Done::Unknown) };
+    let boot_id = instance::boot_id()?;
+    let claims: Vec<SettingKey> = seen.host_claims().cloned().collect();
+    let locks = ledger.lock(&key, Some(&seen.instance.netns), &claims, context.deadline)?;
+    // It may have changed before the locks were ours.
+    let Some(record) = ledger.record(&key)? else { return Ok(Done::Unknown) };
+    if record.instance != seen.instance || !record.host_claims().eq(claims.iter()) {
+        drop(locks);
+        return release(container, context, cause);
+    }
+    if cause != Cause::Person && record.instance.is_alive(&boot_id) {
+        return Ok(Done::Alive(Box::new(record)));
+    }
+    let notes = let_go(&ledger, &locks, &record, context, &boot_id)?;
+    Ok(Done::Released(Box::new(record), notes))
+}
+
+/// Lets all containers go that are dead. What cannot be let go comes as its error, and the rest all the same.
+pub fn stale(context: &Context) -> Result<Vec<Result<Done>>> {
+    let Some(ledger) = Ledger::open(&context.state_dir)? else { return Ok(Vec::new()) };
+    let boot_id = instance::boot_id()?;
+    let mut done = Vec::new();
+    for record in ledger.records()? {
+        match record {
+            Ok(record) if record.instance.is_alive(&boot_id) => {}
+            Ok(record) => done.push(release(&record.instance.container, context, Cause::Stale)),
+            Err(error) => done.push(Err(error)),
+        }
+    }
+    Ok(done)
+}
+
+fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, context: &Context, boot_id: &str) -> Result<Vec<String>> {
+    let key = record.instance.container.key();
+    let siblings = ledger.siblings(&key, &record.instance.netns, boot_id)?;
+    let mut conflicts = Vec::new();
+    let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
+    if let Some(visit) = find_namespace(record, &siblings, boot_id)? {
+        if let Some(mut kernel) = kernel::open(visit, context.deadline)? {
+            let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
+            let facts = kernel.facts(&keys)?;
+            let changes = undo_in_namespace(record, &siblings, &facts, &mut conflicts);
+            for change in &changes {
+                kernel.perform(change)?;
+            }
+            kernel.confirm(&changes.iter().collect::<Vec<_>>())?;
+            conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
+        }
+    } else if !claims.is_empty() {
+        let home = Visit::to(Namespace::own()?, None)?;
+        if let Some(mut kernel) = kernel::open(home, context.deadline)? {
+            conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
+        }
+    }
+    ledger.record_conflicts(&conflicts)?;
+    ledger.remove_record(record)?;
+    ledger.discard_locks(locks, &key, &record.instance.netns)?;
+    Ok(conflicts.into_iter().map(|conflict| conflict.reason).collect())
+}
+
+/// The container's namespace, if it is still there: by its own process, by a sibling's, or by its path.
+fn find_namespace(record: &Record, siblings: &[Record], boot_id: &str) -> Result<Option<Visit>> {
+    if record.instance.boot_id != boot_id {
+        return Ok(None);
+    }
+    let alive = record.instance.pid.is_none() || record.instance.is_alive(boot_id);
+    let own = record.instance.netns_places().into_iter().filter(|place| alive || !place.starts_with("/proc/"));
+    let pids = |place: &str| place.strip_prefix("/proc/").and_then(|rest| rest.split('/').next()?.parse().ok());
+    for place in own.chain(siblings.iter().flat_map(|sibling| sibling.instance.netns_places())) {
+        let Ok(namespace) = Namespace::open(Path::new(&place)) else { continue };
+        if namespace.inode() != record.instance.netns.inode {
+            continue;
+        }
+        let mut visit = Visit::to(namespace, pids(&place))?;
+        // The inode may be another one's by now; the cookie cannot.
+        if visit.id().with_context(|| format!("cannot enter {place}"))? == record.instance.netns {
+            return Ok(Some(visit));
+        }
+    }
+    Ok(None)
+}
+
+/// What puts the namespace back to what it would be without this container: to what a sibling relies on, else to what
+/// was there before. What somebody else changed since is theirs.
+pub fn undo_in_namespace(
+    record: &Record,
+    siblings: &[Record],
+    facts: &Facts,
+    conflicts: &mut Vec<Conflict>,
+) -> Vec<Change> {
+    let mut changes = Vec::new();
+    for interface in record.interfaces.iter().rev() {
+        for owned in interface.endpoints.iter().rev() {
+            changes.extend(undo_endpoint(owned, siblings, facts));
+        }
+        if let Some(link) = &interface.link {
+            let theirs = newest(siblings, |sibling| {
+                sibling
+                    .interfaces
+                    .iter()
+                    .filter_map(|i| i.link.as_ref())
+                    .find(|l| l.index == link.index)
+                    .map(|l| l.bits)
+            });
+            let back = theirs.unwrap_or(link.original);
+            let now = facts.links.iter().find(|l| l.index == link.index).map(|l| l.flags & link.mask);
+            if now == Some(link.bits) && back != link.bits {
+                let name = interface.name.clone();
+                changes.push(Change::LinkFlags { index: link.index, name, bits: back & link.mask, mask: link.mask });
+            }
+        }
+    }
+    for owned in &record.leaving {
+        changes.extend(undo_endpoint(owned, siblings, facts));
+    }
+    if let (Some(limits), Some(now)) = (record.limits, facts.limits) {
+        let set = Limits { subflows: limits.set.subflows, add_addr_accepted: limits.set.add_addr_accepted };
+        let needed = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.needed);
+        let back = needed.fold(limits.original, |all, one| all.max(one));
+        let back = Limits { subflows: back.subflows, add_addr_accepted: back.add_addr_accepted };
+        if now == set && back != now {
+            changes.push(Change::Limits(back));
+        }
+    }
+    for owned in record.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
+        changes.extend(undo_setting(
+            record,
+            owned.key.clone(),
+            &owned.value,
+            &owned.original,
+            siblings,
+            facts,
+            conflicts,
+        ));
+    }
+    changes
+}
+
+/// What the sibling that was set up last has to say.
+fn newest<T>(siblings: &[Record], what: impl Fn(&Record) -> Option<T>) -> Option<T> {
+    siblings
+        .iter()
+        .filter_map(|sibling| Some((sibling.time, what(sibling)?)))
+        .max_by_key(|(time, _)| *time)
+        .map(|(_, t)| t)
+}
+
+fn undo_endpoint(owned: &OwnedEndpoint, siblings: &[Record], facts: &Facts) -> Option<Change> {
+    let now = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none())?;
+    // One with another id is somebody else's, made after ours was deleted.
+    if owned.id != 0 && owned.id != now.id {
+        return None;
+    }
+    let theirs = newest(siblings, |sibling| {
+        let endpoints = sibling.interfaces.iter().flat_map(|interface| &interface.endpoints);
+        endpoints.clone().find(|e| e.address == owned.address).map(|e| e.flags)
+    });
+    match theirs.or(owned.original) {
+        Some(flags) if flags == now.flags || now.flags != owned.flags => None,
+        Some(flags) => Some(Change::SetEndpointFlags(Endpoint { flags, ..now.clone() })),
+        None => Some(Change::DeleteEndpoint(now.clone())),
+    }
+}
+
+fn undo_setting(
+    record: &Record,
+    key: SettingKey,
+    ours: &str,
+    original: &Option<String>,
+    siblings: &[Record],
+    facts: &Facts,
+    conflicts: &mut Vec<Conflict>,
+) -> Option<Change> {
+    let seen = facts.settings.get(&key)?;
+    let now = seen.target.value()?;
+    let theirs = newest(siblings, |sibling| {
+        sibling.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.clone())
+    });
+    let back = theirs.or_else(|| original.clone())?;
+    if setting::same(&key, now, &back) {
+        return None;
+    }
+    if !setting::same(&key, now, ours) {
+        conflicts.push(drift(&record.instance, &key, ours, now));
+        return None;
+    }
+    let host = seen.host.value().map(String::from);
+    Some(Change::NetnsSysctl { key, value: back, host })
+}
+
+fn drift(instance: &Instance, key: &SettingKey, ours: &str, now: &str) -> Conflict {
+    Conflict {
+        time: ledger::now(),
+        container: instance.container.id.clone(),
+        key: key.to_string(),
+        wanted: ours.into(),
+        kept: now.into(),
+        holders: Vec::new(),
+        outcome: ConflictOutcome::Drift,
+        reason: format!("{key} was set to {ours} and somebody has changed it to {now} since; it is left alone"),
+    }
+}
+
+/// Strikes the instance's claims on host-wide settings. A value that nobody else relies on goes back: to the newest
+/// claim that is left, else to what was there before the first of ours. The locks of the settings are held.
+pub fn give_up_claims(
+    ledger: &Ledger,
+    kernel: &mut dyn Kernel,
+    instance: &Instance,
+    keys: &[SettingKey],
+) -> Result<Vec<Conflict>> {
+    let mut conflicts = Vec::new();
+    if keys.is_empty() {
+        return Ok(conflicts);
+    }
+    let facts = kernel.facts(keys)?;
+    let boot_id = instance::boot_id()?;
+    let own = instance.container.key();
+    for key in keys {
+        let page = ledger.setting(key);
+        let actual = facts.settings.get(key).and_then(|seen| seen.host.value());
+        if let Some(actual) = actual {
+            page.recover(actual)?;
+        }
+        let Some(setting) = page.read()? else { continue };
+        let (left, struck): (Vec<_>, Vec<_>) = setting
+            .claims
+            .iter()
+            .partition(|claim| claim.instance.container.key() != own && claim.instance.is_alive(&boot_id));
+        if let Some(actual) = actual {
+            if !setting.is(actual) {
+                conflicts.push(drift(instance, key, &setting.value, actual));
+            } else if !left.iter().any(|claim| setting::same(key, &claim.value, actual)) {
+                let back = left.last().map_or(&setting.original, |claim| &claim.value);
+                if !setting::same(key, back, actual) {
+                    page.intend(instance, key, actual, back)?;
+                    let change = Change::HostSetting { key: key.clone(), value: back.clone() };
+                    kernel.perform(&change)?;
+                    kernel.confirm(&[&change])?;
+                }
+                page.set_value(key, &setting.original, back)?;
+                page.mark_overridden(&left, back)?;
+            }
+        }
+        for claim in &struck {
+            page.unclaim(&claim.instance.container.key())?;
+        }
+        if left.is_empty() {
+            page.forget()?;
+        }
+        page.withdraw()?;
+    }
+    Ok(conflicts)
+}

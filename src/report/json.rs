@@ -1,0 +1,137 @@
+//! `status --json`: the fields that others may rely on, and some more beside them.
+
+use serde::Serialize;
+
+use crate::kernel::{Kind, RouteState};
+use crate::ledger::record::{Conflict, Outcome, Scope, State};
+use crate::request::setting::SettingKey;
+use crate::status::Status;
+
+#[derive(Serialize)]
+struct Root<'a> {
+    kernel: Kind,
+    containers: Vec<Container<'a>>,
+    settings: Vec<Setting<'a>>,
+    conflicts: &'a [Conflict],
+    problems: &'a [String],
+    rootless: bool,
+}
+
+#[derive(Serialize)]
+struct Container<'a> {
+    id: &'a str,
+    name: &'a str,
+    runtime: &'a str,
+    pid: Option<u32>,
+    /// A string: namespace inodes do not fit into every JSON reader's numbers.
+    netns: String,
+    live: bool,
+    interfaces: Vec<Interface<'a>>,
+    settings: Vec<ContainerSetting<'a>>,
+    limits: Option<crate::ledger::record::LimitPair>,
+    warnings: &'a [String],
+}
+
+#[derive(Serialize)]
+struct Interface<'a> {
+    name: &'a str,
+    flags: &'a [String],
+    state: State,
+    reason: Option<&'a str>,
+    source: &'a str,
+    route: RouteState,
+    endpoints: Vec<Endpoint>,
+}
+
+#[derive(Serialize)]
+struct Endpoint {
+    id: u8,
+    address: std::net::IpAddr,
+}
+
+#[derive(Serialize)]
+struct ContainerSetting<'a> {
+    key: &'a SettingKey,
+    value: &'a str,
+    scope: Scope,
+    outcome: Outcome,
+    source: &'a str,
+}
+
+#[derive(Serialize)]
+struct Setting<'a> {
+    scope: Scope,
+    key: &'a SettingKey,
+    value: &'a str,
+    original: &'a str,
+    present: Option<&'a str>,
+    drifted: bool,
+    interrupted: bool,
+    claims: Vec<Claim<'a>>,
+}
+
+#[derive(Serialize)]
+struct Claim<'a> {
+    container: &'a str,
+    value: &'a str,
+}
+
+/// The status as one JSON object with a line break at its end.
+pub fn status(status: &Status) -> anyhow::Result<String> {
+    let containers = status.containers.iter().map(|container| {
+        let record = &container.record;
+        Container {
+            id: &record.instance.container.id,
+            name: &record.name,
+            runtime: &record.runtime,
+            pid: record.instance.pid,
+            netns: record.instance.netns.inode.to_string(),
+            live: container.live,
+            interfaces: record
+                .interfaces
+                .iter()
+                .map(|interface| Interface {
+                    name: &interface.name,
+                    flags: &interface.flags,
+                    state: interface.state,
+                    reason: interface.reason.as_deref(),
+                    source: &interface.source,
+                    route: interface.route,
+                    endpoints: interface.endpoints.iter().map(|e| Endpoint { id: e.id, address: e.address }).collect(),
+                })
+                .collect(),
+            settings: record
+                .settings
+                .iter()
+                .map(|owned| ContainerSetting {
+                    key: &owned.key,
+                    value: &owned.value,
+                    scope: owned.scope,
+                    outcome: owned.outcome,
+                    source: &owned.source,
+                })
+                .collect(),
+            limits: record.limits.map(|limits| limits.set),
+            warnings: &record.warnings,
+        }
+    });
+    let settings = status.settings.iter().map(|setting| Setting {
+        scope: Scope::Host,
+        key: &setting.key,
+        value: &setting.value,
+        original: &setting.original,
+        present: setting.present.as_deref(),
+        drifted: setting.drifted,
+        interrupted: setting.interrupted,
+        claims: setting.claims.iter().map(|c| Claim { container: &c.container, value: &c.value }).collect(),
+    });
+    let root = Root {
+        kernel: status.kernel,
+        containers: containers.collect(),
+        settings: settings.collect(),
+        conflicts: &status.conflicts,
+        problems: &status.problems,
+        rootless: status.rootless,
+    };
+    Ok(serde_json::to_string(&root)? + "\n")
+}

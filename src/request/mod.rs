@@ -1,0 +1,580 @@
+//! What is asked for: wishes that keep their source, merged into one request.
+
+pub mod annotations;
+pub mod flags;
+pub mod pattern;
+pub mod setting;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::usage;
+use flags::InterfaceFlags;
+use pattern::Pattern;
+use setting::SettingKey;
+
+/// The most that `subflows` and `add_addr_accepted` can be (`MPTCP_PM_ADDR_MAX` in the kernel's `net/mptcp/protocol.h`).
+pub const LIMIT_MAX: u32 = 8;
+
+/// Who may say something, from the least to the most weighty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rank {
+    /// `linux.sysctl` of the bundle: the runtime writes it after the hook, whatever we do.
+    Runtime,
+    /// `defaults` of the policy file.
+    PolicyDefault,
+    /// The container author's annotations.
+    Annotation,
+    /// Arguments on the hook's line or in its JSON.
+    HookArgument,
+    /// `/etc/mptcp-hook/containers.d/NAME.toml`.
+    ContainerFile,
+    /// `mptcp-hook apply` by hand.
+    CommandLine,
+}
+
+impl Rank {
+    /// Whether the administrator said it; annotations are the container author's.
+    pub fn is_administrator(self) -> bool {
+        self != Self::Annotation
+    }
+}
+
+/// Where a wish comes from, with the words for people: `annotation mptcp-hook/interface.eth1`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Weight and trust.
+    pub rank: Rank,
+    /// Where exactly, for messages.
+    pub place: String,
+}
+
+impl Source {
+    /// A source of `rank` at `place`.
+    pub fn new(rank: Rank, place: impl Into<String>) -> Self {
+        Self { rank, place: place.into() }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.place)
+    }
+}
+
+/// A limit of the in-kernel path manager, per network namespace (ip-mptcp(8)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Limit {
+    /// Additional subflows per connection.
+    Subflows,
+    /// ADD_ADDR suboptions accepted per connection.
+    AddAddrAccepted,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Subflows => "subflows",
+            Self::AddAddrAccepted => "add_addr_accepted",
+        })
+    }
+}
+
+/// What happens when a shared setting is held at another value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnConflict {
+    /// The container does not start (exit 3).
+    Refuse,
+    /// The value stays, nothing is claimed, the container starts.
+    Warn,
+    /// The value changes; every holder is named and keeps its claim.
+    Override,
+}
+
+impl fmt::Display for OnConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refuse => "refuse",
+            Self::Warn => "warn",
+            Self::Override => "override",
+        })
+    }
+}
+
+impl std::str::FromStr for OnConflict {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "refuse" => Ok(Self::Refuse),
+            "warn" => Ok(Self::Warn),
+            "override" => Ok(Self::Override),
+            _ => Err(format!("\"{}\" is not refuse, warn or override", text.escape_debug())),
+        }
+    }
+}
+
+/// One thing asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum What {
+    /// Flags for the interfaces of that name or glob.
+    Interface(Pattern, #[serde(with = "as_text")] InterfaceFlags),
+    /// A limit, 0 to [`LIMIT_MAX`].
+    Limit(Limit, u32),
+    /// A sysctl's or module parameter's value.
+    Setting(SettingKey, String),
+    /// What to do on a conflict.
+    OnConflict(OnConflict),
+    /// The name to show.
+    Name(String),
+}
+
+impl What {
+    /// What two wishes must have in common to contradict each other.
+    pub fn subject(&self) -> String {
+        match self {
+            Self::Interface(pattern, _) => format!("interface {pattern}"),
+            Self::Limit(limit, _) => format!("limit {limit}"),
+            Self::Setting(key, _) => key.to_string(),
+            Self::OnConflict(_) => "on-conflict".into(),
+            Self::Name(_) => "name".into(),
+        }
+    }
+
+    /// The value, for messages.
+    pub fn value(&self) -> String {
+        match self {
+            Self::Interface(_, flags) => flags.to_string(),
+            Self::Limit(_, n) => n.to_string(),
+            Self::Setting(key, value) => setting::describe(key, value),
+            Self::OnConflict(what) => what.to_string(),
+            Self::Name(name) => name.clone(),
+        }
+    }
+
+    fn agrees(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Setting(key, a), Self::Setting(_, b)) => setting::same(key, a, b),
+            _ => self == other,
+        }
+    }
+}
+
+/// A wish and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
+    /// What is asked.
+    pub what: What,
+    /// Who asks.
+    pub source: Source,
+}
+
+impl Wish {
+    /// A wish of `source`.
+    pub fn new(what: What, source: Source) -> Self {
+        Self { what, source }
+    }
+}
+
+/// All wishes of one container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    wishes: Vec<Wish>,
+}
+
+impl Request {
+    /// Adds a wish. Two of the same rank about the same thing must agree, else it is a wrong usage (exit 2).
+    pub fn add(&mut self, wish: Wish) -> anyhow::Result<()> {
+        let subject = wish.what.subject();
+        let twin =
+            self.wishes.iter().find(|other| other.source.rank == wish.source.rank && other.what.subject() == subject);
+        match twin {
+            Some(other) if other.what.agrees(&wish.what) => Ok(()),
+            Some(other) => Err(usage(format!(
+                "{subject} is asked to be {} by {} and {} by {}; they must agree",
+                other.what.value(),
+                other.source,
+                wish.what.value(),
+                wish.source
+            ))),
+            None => {
+                self.wishes.push(wish);
+                Ok(())
+            }
+        }
+    }
+
+    /// Adds all wishes.
+    pub fn extend(&mut self, wishes: impl IntoIterator<Item = Wish>) -> anyhow::Result<()> {
+        wishes.into_iter().try_for_each(|wish| self.add(wish))
+    }
+
+    /// This request on top of what the same instance asked for before. What is said again by hand, in a file or in
+    /// the policy replaces what was said there; hook entries and annotations of one instance have to agree.
+    pub fn on_top_of(self, earlier: &Request) -> anyhow::Result<Request> {
+        let mut merged = Request::default();
+        let replaces =
+            |rank: Rank| matches!(rank, Rank::CommandLine | Rank::ContainerFile | Rank::PolicyDefault | Rank::Runtime);
+        for old in &earlier.wishes {
+            let said_again = self.wishes.iter().any(|new| {
+                new.source.rank == old.source.rank
+                    && replaces(new.source.rank)
+                    && new.what.subject() == old.what.subject()
+            });
+            if !said_again {
+                merged.wishes.push(old.clone());
+            }
+        }
+        merged.extend(self.wishes)?;
+        Ok(merged)
+    }
+
+    /// All wishes, as they were added.
+    pub fn wishes(&self) -> &[Wish] {
+        &self.wishes
+    }
+
+    /// Whether nothing is asked that would need anything done: a name or an on-conflict alone changes nothing, and
+    /// what the runtime writes is not ours.
+    pub fn is_empty(&self) -> bool {
+        !self
+            .wishes
+            .iter()
+            .any(|wish| wish.source.rank != Rank::Runtime && !matches!(wish.what, What::OnConflict(_) | What::Name(_)))
+    }
+
+    /// Whether only the policy's defaults ask for anything.
+    pub fn is_only_defaults(&self) -> bool {
+        self.wishes.iter().all(|wish| wish.source.rank <= Rank::PolicyDefault)
+    }
+
+    /// The wish for the interface `name`: the weightiest source; in it an exact name before a glob; globs must agree.
+    pub fn interface(&self, name: &str) -> anyhow::Result<Option<(&Wish, InterfaceFlags)>> {
+        let mut best: Option<(&Wish, InterfaceFlags, &Pattern)> = None;
+        for wish in &self.wishes {
+            let What::Interface(pattern, flags) = &wish.what else { continue };
+            if !pattern.matches(name) {
+                continue;
+            }
+            let weight = |wish: &Wish, pattern: &Pattern| (wish.source.rank, pattern.is_exact());
+            match &best {
+                Some((other, other_flags, other_pattern)) => {
+                    let (new, old) = (weight(wish, pattern), weight(other, other_pattern));
+                    if new == old && flags != other_flags {
+                        return Err(usage(format!(
+                            "interface {name} matches {other_pattern}={other_flags} ({}) and {pattern}={flags} ({}); name it exactly in one of them",
+                            other.source, wish.source
+                        )));
+                    }
+                    if new > old {
+                        best = Some((wish, *flags, pattern));
+                    }
+                }
+                None => best = Some((wish, *flags, pattern)),
+            }
+        }
+        Ok(best.map(|(wish, flags, _)| (wish, flags)))
+    }
+
+    /// The interface patterns that are asked for, the weightiest wish of each.
+    pub fn patterns(&self) -> BTreeMap<&Pattern, (&Wish, InterfaceFlags)> {
+        let mut patterns: BTreeMap<&Pattern, (&Wish, InterfaceFlags)> = BTreeMap::new();
+        for wish in &self.wishes {
+            if let What::Interface(pattern, flags) = &wish.what {
+                let entry = patterns.entry(pattern).or_insert((wish, *flags));
+                if wish.source.rank > entry.0.source.rank {
+                    *entry = (wish, *flags);
+                }
+            }
+        }
+        patterns
+    }
+
+    /// The weightiest wish for a limit.
+    pub fn limit(&self, limit: Limit) -> Option<(&Wish, u32)> {
+        self.weightiest(|what| match what {
+            What::Limit(which, n) if *which == limit => Some(*n),
+            _ => None,
+        })
+    }
+
+    /// The weightiest wish for each setting. What the runtime will write comes apart: see [`Request::runtime_settings`].
+    pub fn settings(&self) -> BTreeMap<&SettingKey, (&Wish, &str)> {
+        let mut settings: BTreeMap<&SettingKey, (&Wish, &str)> = BTreeMap::new();
+        for wish in self.wishes.iter().filter(|wish| wish.source.rank != Rank::Runtime) {
+            if let What::Setting(key, value) = &wish.what {
+                let entry = settings.entry(key).or_insert((wish, value));
+                if wish.source.rank > entry.0.source.rank {
+                    *entry = (wish, value);
+                }
+            }
+        }
+        settings
+    }
+
+    /// The settings that the runtime itself writes after the hook (`linux.sysctl`).
+    pub fn runtime_settings(&self) -> impl Iterator<Item = (&SettingKey, &Wish, &str)> {
+        self.wishes.iter().filter(|wish| wish.source.rank == Rank::Runtime).filter_map(|wish| match &wish.what {
+            What::Setting(key, value) => Some((key, wish, value.as_str())),
+            _ => None,
+        })
+    }
+
+    /// What `on-conflict` says of a wish of `rank`. An administrator's wish is never steered by an annotation.
+    pub fn on_conflict(&self, rank: Rank) -> Option<(&Wish, OnConflict)> {
+        self.weightiest_of(
+            |what| match what {
+                What::OnConflict(what) => Some(*what),
+                _ => None,
+            },
+            |wish| wish.source.rank.is_administrator() || !rank.is_administrator(),
+        )
+    }
+
+    /// The name to show, if one was given.
+    pub fn name(&self) -> Option<&str> {
+        let name = self.weightiest(|what| matches!(what, What::Name(_)).then_some(()));
+        name.and_then(|(wish, ())| match &wish.what {
+            What::Name(name) => Some(name.as_str()),
+            _ => None,
+        })
+    }
+
+    fn weightiest<T>(&self, pick: impl Fn(&What) -> Option<T>) -> Option<(&Wish, T)> {
+        self.weightiest_of(pick, |_| true)
+    }
+
+    fn weightiest_of<T>(
+        &self,
+        pick: impl Fn(&What) -> Option<T>,
+        counts: impl Fn(&Wish) -> bool,
+    ) -> Option<(&Wish, T)> {
+        self.wishes
+            .iter()
+            .filter(|wish| counts(wish))
+            .filter_map(|wish| pick(&wish.what).map(|value| (wish, value)))
+            .max_by_key(|(wish, _)| wish.source.rank)
+    }
+}
+
+/// Reads one `limit`.
+pub fn limit(name: &str, value: &str) -> Result<What, String> {
+    let which = match name {
+        "subflows" => Limit::Subflows,
+        "add_addr_accepted" => Limit::AddAddrAccepted,
+        _ => return Err(unknown("limit", name, ["subflows", "add_addr_accepted"])),
+    };
+    match setting::integer(value.trim()) {
+        Some(n) if (0..=LIMIT_MAX.into()).contains(&n) => Ok(What::Limit(which, n as u32)),
+        _ => Err(format!(
+            "limit {which}=\"{}\" is not a number from 0 to {LIMIT_MAX} (the kernel's maximum)",
+            value.escape_debug()
+        )),
+    }
+}
+
+/// Reads one interface wish: `NAME` and `FLAG[,FLAG...][,gateway=ADDRESS]`.
+pub fn interface(name: &str, flags: &str) -> Result<What, String> {
+    let pattern: Pattern = name.trim().parse()?;
+    if flags.split(',').any(|word| word.trim_start().starts_with("gateway=")) {
+        return Err(format!(
+            "interface {pattern}: gateway= belongs to routes=auto, which this version does not have yet; set the route by hand"
+        ));
+    }
+    let flags = flags.parse().map_err(|e| format!("interface {pattern}: {e}"))?;
+    Ok(What::Interface(pattern, flags))
+}
+
+/// Reads one sysctl wish.
+pub fn sysctl(key: &str, value: &str) -> Result<What, String> {
+    let key = SettingKey::sysctl(key.trim())?;
+    let value = setting::value(&key, value)?;
+    Ok(What::Setting(key, value))
+}
+
+/// Reads one module parameter wish.
+pub fn module(key: &str, value: &str) -> Result<What, String> {
+    let key = SettingKey::module(key.trim())?;
+    let value = setting::value(&key, value)?;
+    Ok(What::Setting(key, value))
+}
+
+/// Reads the name to show.
+pub fn name(text: &str) -> Result<What, String> {
+    if text.is_empty() || text.len() > 200 || text.chars().any(|c| c.is_control() || c == '/') {
+        return Err(format!("name \"{}\" is empty, too long, or has a / or control character", text.escape_debug()));
+    }
+    Ok(What::Name(text.into()))
+}
+
+/// Reads an option whose other values are not built yet: it must say so instead of pretending.
+pub fn not_built_yet(option: &str, value: &str, built: &str, known: &[&str]) -> Result<(), String> {
+    if value == built {
+        Ok(())
+    } else if known.contains(&value) {
+        Err(format!("{option}={value} is not in this version yet; it knows only {option}={built}"))
+    } else {
+        Err(format!("{option}=\"{}\" is not one of {}", value.escape_debug(), known.join(", ")))
+    }
+}
+
+/// "unknown THING" with the nearest known one.
+pub fn unknown<const N: usize>(thing: &str, word: &str, known: [&str; N]) -> String {
+    let word_shown = word.escape_debug();
+    match nearest(word, known) {
+        Some(near) => format!("unknown {thing} \"{word_shown}\"; did you mean {near}?"),
+        None => format!("unknown {thing} \"{word_shown}\"; known are {}", known.join(", ")),
+    }
+}
+
+/// The known word nearest to `word`, if one is near enough to be what was meant.
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|candidate| (distance(word, candidate), candidate))
+        .min()
+        .filter(|(distance, candidate)| *distance <= 2.max(candidate.len() / 3))
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein distance; hostile lengths are cut, since nothing long is near anything known.
+pub fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().take(64).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let next = (diagonal + usize::from(ca != *cb)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()] + a.chars().count().saturating_sub(64)
+}
+
+/// Flags as the text that people write, so that records stay readable.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    pub fn serialize<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub fn deserialize<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err = String>,
+        D: Deserializer<'de>,
+    {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(what: Result<What, String>, rank: Rank) -> Wish {
+        Wish::new(what.unwrap(), Source::new(rank, format!("{rank:?}")))
+    }
+
+    fn request(wishes: Vec<Wish>) -> Request {
+        let mut request = Request::default();
+        request.extend(wishes).unwrap();
+        request
+    }
+
+    #[test]
+    fn the_weightier_source_wins_even_with_a_glob() {
+        let request = request(vec![
+            wish(interface("eth1", "subflow"), Rank::Annotation),
+            wish(interface("eth*", "backup"), Rank::HookArgument),
+        ]);
+        let (winner, flags) = request.interface("eth1").unwrap().unwrap();
+        assert_eq!(winner.source.rank, Rank::HookArgument);
+        assert_eq!(flags.to_string(), "subflow,backup");
+        assert!(request.interface("wlan0").unwrap().is_none());
+    }
+
+    #[test]
+    fn within_a_source_exact_beats_glob_and_globs_must_agree() {
+        let mut request = request(vec![
+            wish(interface("eth*", "backup"), Rank::Annotation),
+            wish(interface("eth1", "signal"), Rank::Annotation),
+        ]);
+        assert_eq!(request.interface("eth1").unwrap().unwrap().1.to_string(), "signal");
+        request.add(wish(interface("e*", "subflow"), Rank::Annotation)).unwrap();
+        assert_eq!(request.interface("eth1").unwrap().unwrap().1.to_string(), "signal");
+        assert!(request.interface("eth0").unwrap_err().to_string().contains("e*=subflow"));
+    }
+
+    #[test]
+    fn one_rank_cannot_contradict_itself() {
+        let mut request = request(vec![wish(sysctl("scheduler", "default"), Rank::HookArgument)]);
+        assert!(request.add(wish(sysctl("net/mptcp/scheduler", "default"), Rank::HookArgument)).is_ok());
+        assert!(request.add(wish(sysctl("net.mptcp.scheduler", "burst"), Rank::HookArgument)).is_err());
+        assert!(request.add(wish(sysctl("scheduler", "burst"), Rank::CommandLine)).is_ok());
+        assert_eq!(request.settings().into_values().next().unwrap().1, "burst");
+        assert_eq!(request.wishes().len(), 2);
+    }
+
+    #[test]
+    fn a_later_command_replaces_and_a_second_hook_adds() {
+        let first = request(vec![
+            wish(interface("eth1", "backup"), Rank::HookArgument),
+            wish(interface("eth2", "backup"), Rank::CommandLine),
+        ]);
+        let by_hand = request(vec![wish(interface("eth2", "subflow"), Rank::CommandLine)]).on_top_of(&first).unwrap();
+        assert_eq!(by_hand.interface("eth1").unwrap().unwrap().1.to_string(), "subflow,backup");
+        assert_eq!(by_hand.interface("eth2").unwrap().unwrap().1.to_string(), "subflow");
+        let second = request(vec![wish(interface("eth3", "off"), Rank::HookArgument)]).on_top_of(&first).unwrap();
+        assert_eq!(second.wishes().len(), 3);
+        let disagreeing = request(vec![wish(interface("eth1", "off"), Rank::HookArgument)]);
+        assert!(disagreeing.on_top_of(&first).is_err());
+    }
+
+    #[test]
+    fn an_annotation_never_steers_an_administrators_wish() {
+        let request = request(vec![
+            wish(Ok(What::OnConflict(OnConflict::Override)), Rank::Annotation),
+            wish(Ok(What::OnConflict(OnConflict::Warn)), Rank::PolicyDefault),
+        ]);
+        assert_eq!(request.on_conflict(Rank::HookArgument).unwrap().1, OnConflict::Warn);
+        assert_eq!(request.on_conflict(Rank::Annotation).unwrap().1, OnConflict::Override);
+    }
+
+    #[test]
+    fn nearest_word() {
+        assert_eq!(nearest("subflow", ["subflows", "add_addr_accepted"]), Some("subflows"));
+        assert_eq!(nearest("zzzzzzzz", ["subflows"]), None);
+        assert_eq!(distance("mptcp_hook", "mptcp-hook"), 1);
+        assert!(distance(&"x".repeat(100_000), "mptcp-hook") > 1000);
+    }
+
+    #[test]
+    fn limits_are_bounded() {
+        assert!(limit("subflows", "9").is_err());
+        assert!(limit("subflows", "-1").is_err());
+        assert!(limit("subflow", "2").unwrap_err().contains("subflows"));
+        assert_eq!(limit("add_addr_accepted", "0x2"), Ok(What::Limit(Limit::AddAddrAccepted, 2)));
+    }
+
+    #[test]
+    fn a_request_survives_the_record() {
+        let request = request(vec![
+            wish(interface("eth*", "0x301003"), Rank::CommandLine),
+            wish(module("mptcp_fullmesh.num_subflows", "2"), Rank::ContainerFile),
+            wish(sysctl("net/ipv4/conf/eth0.100/rp_filter", "2"), Rank::Annotation),
+            wish(limit("subflows", "4"), Rank::PolicyDefault),
+        ]);
+        let text = serde_json::to_string(&request).unwrap();
+        assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
+    }
+}
