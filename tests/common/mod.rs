@@ -1,0 +1,90 @@
+//! What the tests with real containers stand on.
+//!
+//! | module | what it gives |
+//! |---|---|
+//! | [`sandbox`] | [`Sandbox`]: private namespaces in which runtimes and the hook run and which vanish with their last process |
+//! | [`paths`] | [`TwoPaths`]: a server namespace joined to a container by two links, either of which can be cut |
+//! | [`oci`] | [`Bundle`], [`Container`]: a `config.json` with hooks, run by crun or runc |
+//! | [`traffic`] | [`Server`], [`Sender`]: real Multipath TCP with a known number of bytes |
+//! | [`capture`] | [`Capture`]: packets as they were on the wire, their MPTCP options decoded |
+//! | [`observe`] | what the kernel, the hook's `status` and its log say |
+//!
+//! Nothing here trusts what the hook says about itself: endpoints come from ip-mptcp(8), backup bits from packets,
+//! byte counts from the interfaces. Nothing waits for a fixed time: [`wait_for`] polls until a deadline.
+//! A missing component is a failing test that names the command which installs it.
+
+#![allow(dead_code, unused_imports, reason = "every test file uses a part of it")]
+
+pub mod capture;
+pub mod observe;
+pub mod oci;
+pub mod paths;
+pub mod sandbox;
+pub mod traffic;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub use capture::{Capture, MptcpOption, Packet};
+pub use observe::{Endpoint, HostValue, Journal};
+pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};
+pub use paths::{TwoPaths, Wiring};
+pub use sandbox::{Netns, Outcome, Running, Sandbox};
+pub use traffic::{Sender, Server};
+
+/// How the test programs are built: a container's root filesystem has no C library.
+const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo test --target $(rustc --print host-tuple)";
+
+/// The hook under test.
+pub fn hook() -> PathBuf {
+    static_program(Path::new(env!("CARGO_BIN_EXE_mptcp-hook")))
+}
+
+/// The program that moves bytes over Multipath TCP, `examples/mptcp-traffic.rs`.
+pub fn traffic_program() -> PathBuf {
+    let test = std::env::current_exe().expect("the path of this test program");
+    let profile = test.ancestors().nth(2).expect("the test program lies in target/PROFILE/deps");
+    static_program(&profile.join("examples/mptcp-traffic"))
+}
+
+/// `path`, if there is a program without a dynamic loader.
+fn static_program(path: &Path) -> PathBuf {
+    let mut start = Vec::new();
+    let read = File::open(path).and_then(|program| program.take(4096).read_to_end(&mut start));
+    assert!(read.is_ok(), "{} is not built; build everything with\n  {BUILD}", path.display());
+    // PT_INTERP, the path of the loader, stands right behind the headers.
+    let loader = [&b"/lib64/ld-"[..], b"/lib/ld-"].into_iter();
+    let dynamic = loader.into_iter().any(|loader| start.windows(loader.len()).any(|bytes| bytes == loader));
+    assert!(!dynamic, "{} is linked dynamically and cannot run in a container; build with\n  {BUILD}", path.display());
+    path.to_owned()
+}
+
+/// Fails with the command that installs `program` where it is missing.
+pub fn require(program: &str, package: &str) {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .any(|directory| directory.join(program).exists());
+    assert!(found, "{program} is missing: apt-get install --no-install-recommends -y {package}");
+}
+
+/// Asks `condition` again and again until it gives a value; panics with `what` when `limit` has passed.
+#[track_caller]
+pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// [`wait_for`] for a plain condition.
+#[track_caller]
+pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+    wait_for(what, limit, || condition().then_some(()));
+}

@@ -1,0 +1,429 @@
+//! A world of its own for container runtimes: mount, pid, ipc, uts and (usually) network namespaces.
+//!
+//! Inside, /run is an empty tmpfs, /etc a copy that may be changed, /sys belongs to the sandbox's network namespace and
+//! /sys/fs/cgroup is a cgroup2 view also where the machine's cgroups are hybrid. Bridges, firewall rules, mounts,
+//! state directories and processes are gone when the sandbox is dropped, on a panic and when the test is killed too:
+//! its first process lives only as long as the test holds the other end of a pipe.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::hook;
+
+/// How long a sandbox may take to end its processes and remove its cgroups.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long a command in a sandbox may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+
+/// The first process, with the kind of network as `$1` and the sandbox's unique string as `$2`: prepares the mounts,
+/// says so, and stays until its stdin ends. Then it ends everything else and removes what outlives the namespaces.
+/// While the shell waits for cat it also reaps the orphans of the runtimes (monitors, containers' inits).
+const INIT: &str = r#"
+[ "$1" = host-network ] || mount -t sysfs sysfs /sys
+[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/lock /run/netns
+cp -a /etc /run/etc
+rm -rf /run/etc/mptcp-hook
+mount --bind /run/etc /etc
+ip link set lo up
+echo ready
+
+cat >/dev/null
+kill -s KILL -- -1 2>/dev/null || :
+if [ "$1" = host-network ]; then
+  for name in $(ip -o link show | sed -n "s/^[0-9]*: \($2[^:@]*\).*/\1/p"); do
+    ip link del "$name" 2>/dev/null || : # gone with its peer
+  done
+fi
+for try in $(seq 100); do
+  # A cgroup is busy until its last process is gone.
+  find /sys/fs/cgroup -depth -type d \( -path "*$2*" -o -name libpod_parent \) -exec rmdir {} + 2>/dev/null || :
+  left=$(find /sys/fs/cgroup -type d -path "*$2*")
+  [ -n "$left" ] || exit 0
+  sleep 0.05
+done
+echo "left over: $left" >&2
+exit 1
+"#;
+
+/// A network namespace, as seen from a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Netns {
+    /// Where runtimes and hook run: the host, from a container's point of view.
+    Host,
+    /// /run/netns/NAME in the sandbox.
+    Named(String),
+    /// That of a process, by its pid in the sandbox.
+    Pid(u32),
+}
+
+impl Netns {
+    /// /run/netns/`name` in the sandbox.
+    pub fn named(name: &str) -> Self {
+        Self::Named(name.to_owned())
+    }
+
+    /// The path by which programs in the sandbox can open it.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Host => "/proc/self/ns/net".to_owned(),
+            Self::Named(name) => format!("/run/netns/{name}"),
+            Self::Pid(pid) => format!("/proc/{pid}/ns/net"),
+        }
+    }
+}
+
+/// How a command ended and what it printed.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was run, for messages.
+    pub command: String,
+    /// Exit status; none after a signal.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Standard output without white space at its ends; panics unless the command succeeded.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, Some(0), "{self}");
+        self.stdout.trim().to_owned()
+    }
+
+    /// Standard output and error; panics unless the command ended with `code`.
+    #[track_caller]
+    pub fn fails_with(self, code: i32) -> String {
+        assert_eq!(self.code, Some(code), "{self}");
+        format!("{}\n{}", self.stdout.trim(), self.stderr.trim())
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "{}\nexit status {:?}", self.command, self.code)?;
+        writeln!(f, "--- stdout\n{}\n--- stderr\n{}", self.stdout.trim(), self.stderr.trim())
+    }
+}
+
+/// A started command with its output in files, so that daemons which keep the descriptors open delay nobody.
+pub struct Running {
+    command: String,
+    child: Child,
+    stdout: File,
+    stderr: File,
+}
+
+impl Running {
+    fn start(mut command: Command, stdin: Option<&[u8]>) -> Self {
+        let shown = shown(&command);
+        let stdout = tempfile::tempfile().expect("a file for a command's output");
+        let stderr = tempfile::tempfile().expect("a file for a command's output");
+        let input = match stdin {
+            Some(bytes) => {
+                let mut file = tempfile::tempfile().expect("a file for a command's input");
+                std::io::Write::write_all(&mut file, bytes).expect("writing a command's input");
+                file.rewind().expect("rewinding a command's input");
+                Stdio::from(file)
+            }
+            None => Stdio::null(),
+        };
+        command.stdin(input);
+        command.stdout(stdout.try_clone().expect("a second descriptor of the output"));
+        command.stderr(stderr.try_clone().expect("a second descriptor of the output"));
+        // A process group of its own, so that Ctrl-C leaves the end of it to the sandbox.
+        let child = command.process_group(0).spawn().unwrap_or_else(|e| panic!("starting {shown}: {e}"));
+        Self { command: shown, child, stdout, stderr }
+    }
+
+    /// What it has printed on stdout until now.
+    pub fn stdout(&self) -> String {
+        contents(&self.stdout)
+    }
+
+    /// What it has printed on stderr until now.
+    pub fn stderr(&self) -> String {
+        contents(&self.stderr)
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("waiting for a command").is_none()
+    }
+
+    /// Waits for the end; panics, and ends the command, when `limit` has passed.
+    #[track_caller]
+    pub fn wait(mut self, limit: Duration) -> Outcome {
+        let deadline = Instant::now() + limit;
+        let mut pause = Duration::from_micros(500);
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("waiting for a command") {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                panic!(
+                    "not finished within {limit:?}: {}\n--- stdout\n{}\n--- stderr\n{}",
+                    self.command,
+                    self.stdout(),
+                    self.stderr()
+                );
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        };
+        Outcome { command: self.command.clone(), code: status.code(), stdout: self.stdout(), stderr: self.stderr() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Ok(None) = self.child.try_wait() else { return };
+        // nsenter waits for the program and ends with it. Ended first, it would leave the program's remains to the
+        // machine's own init, and the sandbox could not end before that has reaped them.
+        let nsenter = self.child.id();
+        let programs = std::fs::read_to_string(format!("/proc/{nsenter}/task/{nsenter}/children")).unwrap_or_default();
+        let programs: Vec<i32> = programs.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
+        for &program in &programs {
+            let _ = kill(Pid::from_raw(program), Signal::SIGKILL);
+        }
+        if programs.is_empty() {
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// Private namespaces; see the module's description.
+pub struct Sandbox {
+    /// unshare(1), which holds the namespaces and ends with their first process.
+    holder: Child,
+    /// The first process ends when this does. Taken by drop.
+    lifeline: Option<ChildStdin>,
+    unique: String,
+    counter: Cell<u32>,
+    dir: TempDir,
+}
+
+impl Sandbox {
+    /// A sandbox with a network namespace of its own.
+    pub fn new() -> Self {
+        Self::start(true)
+    }
+
+    /// A sandbox that keeps the machine's own network namespace, for settings that exist nowhere else. Make network
+    /// interfaces there only with names from [`Sandbox::interface_name`]; they are removed when it is dropped.
+    pub fn host_network() -> Self {
+        Self::start(false)
+    }
+
+    fn start(private_network: bool) -> Self {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        assert!(nix::unistd::geteuid().is_root(), "these tests need root: namespaces, mounts and real containers");
+        for (program, package) in [("unshare", "util-linux"), ("nsenter", "util-linux"), ("ip", "iproute2")] {
+            super::require(program, package);
+        }
+        let dir = tempfile::Builder::new().prefix("mptcp-hook-test.").tempdir().expect("a temporary directory");
+        // Readable on the way in: mapped container users have to reach the root filesystem.
+        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("the mode of a temporary directory");
+        let unique = format!("mh{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let mut holder = Command::new("unshare");
+        holder.args(["--mount", "--pid", "--ipc", "--uts", "--propagation=private", "--fork", "--kill-child"]);
+        holder.arg("--mount-proc");
+        let network = if private_network { "private-network" } else { "host-network" };
+        if private_network {
+            holder.arg("--net");
+        }
+        holder.args(["sh", "-ec", INIT, "sandbox", network, &unique]);
+        // Ctrl-C ends the test, and by that the sandbox, but must not keep it from cleaning up.
+        holder.process_group(0);
+        let mut holder = holder
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starting unshare");
+        let lifeline = holder.stdin.take();
+        let mut ready = String::new();
+        let stdout = holder.stdout.take().expect("stdout is a pipe");
+        BufReader::new(stdout).read_line(&mut ready).expect("reading from the sandbox");
+        let mut sandbox = Self { lifeline, unique, counter: Cell::new(0), dir, holder };
+        assert_eq!(ready.trim(), "ready", "the sandbox did not start: {}", sandbox.holder_stderr());
+        sandbox
+    }
+
+    /// What the first process has to say; it must have ended.
+    fn holder_stderr(&mut self) -> String {
+        let mut message = String::new();
+        if let Some(mut stderr) = self.holder.stderr.take() {
+            let _ = stderr.read_to_string(&mut message);
+        }
+        message.trim().to_owned()
+    }
+
+    /// A string that no other sandbox has; cgroups whose path holds it are removed when the sandbox is dropped.
+    pub fn unique(&self) -> &str {
+        &self.unique
+    }
+
+    /// A container name that no other sandbox uses.
+    pub fn name(&self, what: &str) -> String {
+        format!("{}-{what}", self.unique)
+    }
+
+    /// An interface name that nothing else uses, removed when the sandbox is dropped.
+    pub fn interface_name(&self) -> String {
+        let number = self.counter.replace(self.counter.get() + 1);
+        format!("{}i{number}", self.unique)
+    }
+
+    /// A directory with the same path inside and outside, removed in the end.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// How the test itself opens the sandbox's absolute `path`, such as one below /run or /etc.
+    pub fn outside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
+    }
+
+    /// Writes `contents` to the sandbox's absolute `path`, making its directories.
+    pub fn write(&self, path: &str, contents: &str) {
+        let outside = self.outside(path);
+        std::fs::create_dir_all(outside.parent().expect("an absolute path"))
+            .and_then(|()| std::fs::write(&outside, contents))
+            .unwrap_or_else(|e| panic!("writing {path} in the sandbox: {e}"));
+    }
+
+    /// The policy file of this sandbox, /etc/mptcp-hook/config.toml.
+    pub fn policy(&self, toml: &str) {
+        self.write("/etc/mptcp-hook/config.toml", toml);
+    }
+
+    /// A path, for the test itself, of a network namespace.
+    pub fn netns_path(&self, netns: &Netns) -> PathBuf {
+        match netns {
+            Netns::Host => PathBuf::from(format!("/proc/{}/ns/net", self.holder.id())),
+            // /proc/PID there is the sandbox's own procfs.
+            Netns::Named(_) | Netns::Pid(_) => self.outside(&netns.path()),
+        }
+    }
+
+    /// A command line that runs in the sandbox, in its network namespace `netns`.
+    pub fn command_in(&self, netns: &Netns, argv: &[impl AsRef<str>]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.holder.id().to_string(), "--mount", "--ipc", "--uts"]);
+        command.arg(format!("--pid=/proc/{}/ns/pid_for_children", self.holder.id()));
+        command.arg(format!("--net={}", self.netns_path(netns).display()));
+        command.arg("--");
+        command.args(argv.iter().map(AsRef::as_ref));
+        command
+    }
+
+    /// Starts a command in the sandbox and does not wait for it.
+    pub fn spawn(&self, argv: &[impl AsRef<str>]) -> Running {
+        self.spawn_in(&Netns::Host, argv)
+    }
+
+    /// [`Sandbox::spawn`] in another of its network namespaces.
+    pub fn spawn_in(&self, netns: &Netns, argv: &[impl AsRef<str>]) -> Running {
+        Running::start(self.command_in(netns, argv), None)
+    }
+
+    /// Runs a command in the sandbox to its end.
+    #[track_caller]
+    pub fn run(&self, argv: &[impl AsRef<str>]) -> Outcome {
+        self.run_in(&Netns::Host, argv)
+    }
+
+    /// [`Sandbox::run`] in another of its network namespaces.
+    #[track_caller]
+    pub fn run_in(&self, netns: &Netns, argv: &[impl AsRef<str>]) -> Outcome {
+        self.spawn_in(netns, argv).wait(COMMAND_LIMIT)
+    }
+
+    /// [`Sandbox::run`] with `stdin`.
+    #[track_caller]
+    pub fn run_with_input(&self, argv: &[impl AsRef<str>], stdin: &[u8]) -> Outcome {
+        Running::start(self.command_in(&Netns::Host, argv), Some(stdin)).wait(COMMAND_LIMIT)
+    }
+
+    /// Runs a shell script in the sandbox; gives its stdout, panics when it fails.
+    #[track_caller]
+    pub fn sh(&self, script: &str) -> String {
+        self.sh_in(&Netns::Host, script)
+    }
+
+    /// [`Sandbox::sh`] in another of its network namespaces.
+    #[track_caller]
+    pub fn sh_in(&self, netns: &Netns, script: &str) -> String {
+        self.run_in(netns, &["sh", "-ec", script]).ok()
+    }
+
+    /// Runs the hook program with `arguments` in the sandbox.
+    #[track_caller]
+    pub fn hook(&self, arguments: &[impl AsRef<str>]) -> Outcome {
+        self.hook_with_input(arguments, b"")
+    }
+
+    /// [`Sandbox::hook`] with `stdin`, as an OCI runtime calls it.
+    #[track_caller]
+    pub fn hook_with_input(&self, arguments: &[impl AsRef<str>], stdin: &[u8]) -> Outcome {
+        let mut argv = vec![hook().display().to_string()];
+        argv.extend(arguments.iter().map(|argument| argument.as_ref().to_owned()));
+        self.run_with_input(&argv, stdin)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        drop(self.lifeline.take());
+        let deadline = Instant::now() + CLEAN_UP_LIMIT;
+        let status = loop {
+            match self.holder.try_wait() {
+                Ok(Some(status)) => break Some(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                _ => break None,
+            }
+        };
+        if status.is_none() {
+            let _ = self.holder.kill();
+            let _ = self.holder.wait();
+        }
+        if !std::thread::panicking() {
+            let clean = status.is_some_and(|status| status.success());
+            assert!(clean, "the sandbox did not end well: {}", self.holder_stderr());
+        }
+    }
+}
+
+fn shown(command: &Command) -> String {
+    let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
+    // What stands before the separator is the way into the sandbox, which helps nobody.
+    let start = arguments.iter().position(|a| a == "--").map_or(0, |i| i + 1);
+    arguments[start..].join(" ")
+}
+
+fn contents(file: &File) -> String {
+    use std::os::unix::fs::FileExt;
+    let len = file.metadata().expect("the size of an output file").len();
+    let mut bytes = vec![0; len as usize];
+    // The descriptors share one offset with the writer, so reading must not move it.
+    file.read_exact_at(&mut bytes, 0).expect("reading an output file");
+    String::from_utf8_lossy(&bytes).into_owned()
+}

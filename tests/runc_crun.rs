@@ -1,0 +1,523 @@
+//! The hook under crun and runc, with real containers and real Multipath TCP on this machine's kernel.
+//!
+//! Every scenario is a function of the runtime; [`with_each_runtime`] makes the tests `crun::SCENARIO` and
+//! `runc::SCENARIO` of it.
+
+mod common;
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use common::*;
+use serde_json::{Value, json};
+
+/// How long a transfer of these tests may take, a failover included.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(30);
+
+/// Slow enough that the second subflow is there long before the end.
+const RATE: u64 = 20_000_000;
+
+macro_rules! with_each_runtime {
+    ($($scenario:ident),* $(,)?) => {
+        mod crun {
+            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Crun) })*
+        }
+        mod runc {
+            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Runc) })*
+        }
+    };
+}
+
+with_each_runtime! {
+    prestart_upstream_backup_join_traffic_failover,
+    createruntime_upstream_backup_join_traffic_failover,
+    createruntime_ipv6_in_a_namespace_of_the_runtime,
+    createcontainer_works_in_the_containers_namespace,
+    poststart_twice_changes_nothing,
+    createruntime_signal_server_announces_its_backup_address,
+    createruntime_two_entries_that_agree_are_merged,
+    createruntime_two_entries_that_disagree_stop_the_container,
+    createruntime_annotation_without_policy_stops_the_container,
+    createruntime_value_of_linux_sysctl_conflicts,
+    createruntime_missing_route_is_said_and_mended,
+    createruntime_missing_interface_is_pending,
+    createruntime_in_the_hosts_namespace_is_refused,
+    createruntime_shared_namespace_is_left_by_one_then_the_other,
+    createruntime_without_a_wish_does_nothing,
+    apply_switches_the_live_connections_of_a_container,
+    poststop_after_the_container_was_killed,
+}
+
+fn container_netns() -> Netns {
+    Netns::named("ctr")
+}
+
+fn flags(names: &[&str]) -> Vec<String> {
+    names.iter().map(|&name| name.to_owned()).collect()
+}
+
+/// The kernel has exactly one endpoint there: eth1's address with `names` as its flags.
+#[track_caller]
+fn assert_only_endpoint(sandbox: &Sandbox, netns: &Netns, address: &str, names: &[&str]) {
+    let endpoints = sandbox.endpoints(netns);
+    assert_eq!(endpoints.len(), 1, "{endpoints:?}");
+    assert_eq!(endpoints[0].address, address.parse::<IpAddr>().expect("an address"));
+    assert_eq!(endpoints[0].flags, flags(names));
+    assert_eq!(endpoints[0].dev.as_deref(), Some("eth1"));
+}
+
+/// `status --json` has eth1 of the container in `state`; gives the whole entry.
+#[track_caller]
+fn eth1_in_status(sandbox: &Sandbox, id: &str, state: &str) -> Value {
+    let container = sandbox.status_of(id);
+    let interfaces = container["interfaces"].as_array().expect("interfaces is a list");
+    let eth1 = interfaces.iter().find(|interface| interface["name"] == "eth1");
+    let eth1 = eth1.unwrap_or_else(|| panic!("no eth1 in {container:#}"));
+    assert_eq!(eth1["state"], state, "{container:#}");
+    eth1.clone()
+}
+
+fn prestart_upstream_backup_join_traffic_failover(runtime: Runtime) {
+    backup_join_traffic_failover(runtime, Stage::Prestart);
+}
+
+fn createruntime_upstream_backup_join_traffic_failover(runtime: Runtime) {
+    backup_join_traffic_failover(runtime, Stage::CreateRuntime);
+}
+
+/// The whole life: eth1 is a backup path from the first connection on, really carries nothing while eth0 works,
+/// takes over when eth0 is cut, and nothing stays behind.
+fn backup_join_traffic_failover(runtime: Runtime, stage: Stage) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let bundle = Bundle::new(&sandbox, "web").in_netns("ctr").mptcp_hook(stage);
+    let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
+
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    let container_in_status = sandbox.status_of(container.id());
+    assert_eq!(container_in_status["live"], true);
+    assert_eq!(container_in_status["pid"], container.pid());
+    let eth1 = eth1_in_status(&sandbox, container.id(), "applied");
+    assert_eq!(eth1["flags"], json!(["subflow", "backup"]));
+    assert_eq!(eth1["route"], "ok");
+    assert_eq!(eth1["endpoints"][0]["address"], "10.0.2.2");
+
+    let report = container.send(paths.address(), 10_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert!(report.mptcp);
+    assert_eq!(report.subflows, 2);
+    assert_eq!(server.received(), ["received 10000000 bytes mptcp=yes subflows=2"]);
+    let join = capture.wait_join("eth1");
+    assert_eq!((join.source, join.backup), (IpAddr::from([10, 0, 2, 2]), true));
+    let first = capture.payload_received("eth0");
+    let second = capture.payload_received("eth1");
+    assert!(first >= 10_000_000, "payload over eth0: {first} bytes");
+    assert!(second * 20 < first, "payload over the backup path eth1: {second} bytes, over eth0: {first}");
+    let (first, second) = (paths.received("eth0"), paths.received("eth1"));
+    assert!(second * 20 < first, "the interfaces counted {first} bytes on eth0, {second} on eth1");
+
+    let mut transfer = container.send(paths.address(), 8_000_000, Some(4_000_000));
+    transfer.wait_sent(1_000_000);
+    let before = capture.payload_received("eth1");
+    paths.cut("eth0");
+    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    let over_backup = capture.payload_received("eth1") - before;
+    assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+    assert_eq!(sandbox.endpoints(&Netns::Host), []);
+}
+
+/// The runtime makes the namespace, an engine's hook brings the interfaces, ours comes next; addresses are IPv6 alone.
+fn createruntime_ipv6_in_a_namespace_of_the_runtime(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::new(&sandbox);
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let joining = paths.joining_hook(&Wiring::new().ipv6_only());
+    let container = Bundle::new(&sandbox, "v6")
+        .hook(Stage::CreateRuntime, joining)
+        .mptcp_hook(Stage::CreateRuntime)
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .start(runtime);
+
+    assert_only_endpoint(&sandbox, &container.netns(), "fd00:2::2", &["backup", "subflow"]);
+    let mut transfer = container.send(paths.address6(), 8_000_000, Some(4_000_000));
+    transfer.wait_sent(1_000_000);
+    let join = capture.wait_join("eth1");
+    assert_eq!((join.source, join.backup), ("fd00:2::2".parse().expect("an address"), true));
+    assert_eq!(capture.payload_received("eth1"), 0);
+    paths.cut("eth0");
+    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    let over_backup = capture.payload_received("eth1");
+    assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// There the state's pid is 1 or 0 and means nothing, and on runc without `env` the environment is the container's.
+fn createcontainer_works_in_the_containers_namespace(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let container = Bundle::new(&sandbox, "inside")
+        .in_netns("ctr")
+        .hook(Stage::CreateContainer, HookEntry::oci(&[]).inherited_env())
+        .hook(Stage::Poststop, HookEntry::oci(&[]))
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .edit(|config| {
+            config["process"]["env"] = json!(["PATH=/bin:/", "LD_PRELOAD=/tmp/evil.so", "RUST_LOG=trace"]);
+        })
+        .start(runtime);
+
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_eq!(sandbox.endpoints(&Netns::Host), []);
+    assert_eq!(sandbox.status_of(container.id())["pid"], container.pid());
+    let report = container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert!(report.mptcp);
+    assert!(capture.wait_join("eth1").backup);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// createRuntime has applied it; two poststart entries and two more calls find everything as it should be.
+fn poststart_twice_changes_nothing(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let container = Bundle::new(&sandbox, "again")
+        .in_netns("ctr")
+        .mptcp_hook(Stage::CreateRuntime)
+        .hook(Stage::Poststart, HookEntry::oci(&[]))
+        .hook(Stage::Poststart, HookEntry::oci(&[]))
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .annotation("mptcp-hook/limit.subflows", "4")
+        .annotation("mptcp-hook/sysctl.net.mptcp.stale_loss_cnt", "3")
+        .start(runtime);
+    let observed = || {
+        let netns = container_netns();
+        let limits = sandbox.sh_in(&netns, "ip mptcp limits show");
+        (sandbox.endpoints(&netns), limits, sandbox.sysctl(&netns, "net/mptcp/stale_loss_cnt"))
+    };
+
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    let first = observed();
+    assert!(first.1.contains("subflows 4"), "{}", first.1);
+    assert_eq!(first.2.as_deref(), Some("3"));
+    let state = serde_json::to_vec(&container.state()).expect("the state as text");
+    for _ in 0..2 {
+        sandbox.hook_with_input(&["oci"], &state).ok();
+        assert_eq!(observed(), first);
+    }
+    let status = sandbox.status();
+    assert_eq!(status["containers"].as_array().map(Vec::len), Some(1), "{status:#}");
+    assert_eq!(status["conflicts"], json!([]));
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// A server in the container: its second address is announced, and says of itself that it is a backup.
+fn createruntime_signal_server_announces_its_backup_address(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let capture = Capture::start(&sandbox, paths.server());
+    let bundle = Bundle::new(&sandbox, "server").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle.annotation("mptcp-hook/interface.eth1", "signal,backup").start(runtime);
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "signal"]);
+
+    let port = traffic::PORT.to_string();
+    let server = Server::attach(container.exec(&[traffic::PROGRAM, "serve", "--port", &port]));
+    let first_address = IpAddr::from([10, 0, 1, 2]);
+    let report = Sender::start(&sandbox, paths.server(), first_address, 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert!(report.mptcp);
+    assert_eq!(server.received(), ["received 5000000 bytes mptcp=yes subflows=2"]);
+    let packets = capture.packets();
+    let from_container = |packet: &&Packet| !packet.outgoing;
+    let announced = packets.iter().filter(from_container).flat_map(|packet| &packet.options);
+    assert!(announced.clone().any(|option| matches!(option, MptcpOption::AddAddr { echo: false, .. })));
+    let answer = packets.iter().filter(from_container).find(|p| p.interface == "eth1" && p.syn && p.ack);
+    let answer = answer.expect("a SYN/ACK of the container on eth1");
+    assert_eq!(answer.source.ip(), IpAddr::from([10, 0, 2, 2]));
+    assert!(
+        answer.options.iter().any(|option| matches!(option, MptcpOption::Join { backup: true, .. })),
+        "{:?}",
+        answer.options
+    );
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// As when hooks.d and CDI both name the hook: the second adds to what the first did and takes nothing back.
+fn createruntime_two_entries_that_agree_are_merged(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let container = Bundle::new(&sandbox, "two")
+        .in_netns("ctr")
+        .hook(Stage::CreateRuntime, HookEntry::oci(&["--interface", "eth1=backup"]))
+        .hook(Stage::CreateRuntime, HookEntry::oci(&["--interface", "eth1=backup", "--limit", "subflows=5"]))
+        .hook(Stage::CreateRuntime, HookEntry::oci(&["--interface", "eth0=subflow"]))
+        .hook(Stage::Poststop, HookEntry::oci(&[]))
+        .start(runtime);
+
+    let netns = container_netns();
+    let endpoints_on = |interface| sandbox.endpoints_on(&netns, interface).into_iter().map(|e| e.flags);
+    assert_eq!(endpoints_on("eth0").collect::<Vec<_>>(), [flags(&["subflow"])]);
+    assert_eq!(endpoints_on("eth1").collect::<Vec<_>>(), [flags(&["backup", "subflow"])]);
+    assert!(sandbox.sh_in(&netns, "ip mptcp limits show").contains("subflows 5"));
+    let names: Vec<_> = sandbox.status_of(container.id())["interfaces"]
+        .as_array()
+        .expect("interfaces is a list")
+        .iter()
+        .map(|interface| interface["name"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(names, ["eth0", "eth1"]);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&netns), []);
+}
+
+fn createruntime_two_entries_that_disagree_stop_the_container(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let container = Bundle::new(&sandbox, "split")
+        .in_netns("ctr")
+        .hook(Stage::CreateRuntime, HookEntry::oci(&["--interface", "eth1=backup"]))
+        .hook(Stage::CreateRuntime, HookEntry::oci(&["--interface", "eth1=subflow"]))
+        .hook(Stage::Poststop, HookEntry::oci(&[]))
+        .write(runtime);
+    let message = container.create().expect_err("two entries that disagree");
+    assert!(exit_status(&message, 2), "{message}");
+    assert!(message.contains("eth1"), "{message}");
+    assert_not_there(&container);
+    // crun runs no poststop after a failed start: what the first entry did goes when it is asked for.
+    sandbox.hook(&["release", "--stale"]).ok();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// A container's author alone cannot change host-wide values, nor values outside net.mptcp in the namespace.
+fn createruntime_annotation_without_policy_stops_the_container(runtime: Runtime) {
+    for (key, value) in [("net.core.rmem_max", "4194304"), ("net.ipv4.tcp_ecn", "1")] {
+        let sandbox = Sandbox::new();
+        let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+        let container = Bundle::new(&sandbox, "greedy")
+            .in_netns("ctr")
+            .mptcp_hook(Stage::CreateRuntime)
+            .annotation("mptcp-hook/interface.eth1", "backup")
+            .annotation(&format!("mptcp-hook/sysctl.{key}"), value)
+            .write(runtime);
+        let before = sandbox.sysctl(&container_netns(), &key.replace('.', "/"));
+
+        let message = container.create().expect_err("a sysctl that the policy does not give");
+        assert!(exit_status(&message, 3), "{message}");
+        for part in [key, container.id(), "config.toml"] {
+            assert!(message.contains(part), "`{part}` is not in: {message}");
+        }
+        assert_not_there(&container);
+        assert_eq!(sandbox.sysctl(&container_netns(), &key.replace('.', "/")), before);
+        assert_eq!(sandbox.endpoints(&container_netns()), []);
+        sandbox.assert_ledger_is_empty();
+        let conflicts = sandbox.conflicts();
+        let conflict = conflicts.iter().find(|conflict| conflict["key"] == key);
+        let conflict = conflict.unwrap_or_else(|| panic!("no conflict about {key} in {conflicts:#?}"));
+        assert_eq!(conflict["outcome"], "refused");
+        assert_eq!(conflict["wanted"], value);
+        assert_eq!(conflict["container"], container.id());
+    }
+}
+
+/// The runtime writes `linux.sysctl` after the hook and would undo the hook's value.
+fn createruntime_value_of_linux_sysctl_conflicts(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let bundle = |what, wish| {
+        Bundle::new(&sandbox, what)
+            .in_netns("ctr")
+            .mptcp_hook(Stage::CreateRuntime)
+            .annotation("mptcp-hook/interface.eth1", "backup")
+            .annotation("mptcp-hook/sysctl.net.mptcp.stale_loss_cnt", wish)
+            .runtime_sysctl("net.mptcp.stale_loss_cnt", "7")
+    };
+    let value = || sandbox.sysctl(&container_netns(), "net/mptcp/stale_loss_cnt");
+    let original = value();
+
+    let message = bundle("differs", "2").refused(runtime);
+    assert!(exit_status(&message, 3), "{message}");
+    for part in ["stale_loss_cnt", "7", "2"] {
+        assert!(message.contains(part), "`{part}` is not in: {message}");
+    }
+    assert_eq!(value(), original);
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+
+    let container = bundle("equal", "7").start(runtime);
+    assert_eq!(value().as_deref(), Some("7"));
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// The usual mistake: everything looks healthy and the path is dead. Said at once; mended by a later route.
+fn createruntime_missing_route_is_said_and_mended(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let journal = Journal::listen(&sandbox);
+    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new().without_second_route());
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let bundle = Bundle::new(&sandbox, "lost").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
+
+    assert_eq!(eth1_in_status(&sandbox, container.id(), "applied")["route"], "missing");
+    let log = journal.entries().join("\n");
+    assert!(log.contains("eth1") && log.contains("route"), "the journal has: {log}");
+    container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert_eq!(capture.joins(), []);
+
+    sandbox.sh_in(&container_netns(), "ip route add default via 10.0.2.1 dev eth1 metric 200");
+    sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
+    assert_eq!(eth1_in_status(&sandbox, container.id(), "applied")["route"], "ok");
+    container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert!(capture.wait_join("eth1").backup);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+}
+
+fn createruntime_missing_interface_is_pending(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::new(&sandbox);
+    sandbox.sh("ip netns add ctr");
+    let bundle = Bundle::new(&sandbox, "early").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
+    eth1_in_status(&sandbox, container.id(), "pending");
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+
+    paths.join(&Wiring::new(), &container_netns());
+    let state = serde_json::to_vec(&container.state()).expect("the state as text");
+    sandbox.hook_with_input(&["oci"], &state).ok();
+    eth1_in_status(&sandbox, container.id(), "applied");
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// A container without a network namespace of its own would change the host's paths.
+fn createruntime_in_the_hosts_namespace_is_refused(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    sandbox.sh("ip link add eth1 type veth peer name far; ip addr add 10.0.2.2/24 dev eth1; ip link set eth1 up");
+    let bundle = Bundle::new(&sandbox, "hostnet").in_host_netns().mptcp_hook(Stage::CreateRuntime);
+    let message = bundle.annotation("mptcp-hook/interface.eth1", "backup").refused(runtime);
+    assert!(exit_status(&message, 3), "{message}");
+    assert!(message.contains("host"), "{message}");
+    assert_eq!(sandbox.endpoints(&Netns::Host), []);
+    sandbox.assert_ledger_is_empty();
+}
+
+/// As in a pod: the first to leave takes nothing away from the other.
+fn createruntime_shared_namespace_is_left_by_one_then_the_other(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let start = |what| {
+        let bundle = Bundle::new(&sandbox, what).in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+        bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime)
+    };
+    let first = start("first");
+    let second = start("second");
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+
+    first.delete();
+    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    eth1_in_status(&sandbox, second.id(), "applied");
+    second.delete();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+    sandbox.assert_ledger_is_empty();
+}
+
+/// Hooks.d entries stand in front of every container; those that ask for nothing must not notice.
+fn createruntime_without_a_wish_does_nothing(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let bundle = Bundle::new(&sandbox, "plain").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle.annotation("org.example/unrelated", "yes").start(runtime);
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+    assert_eq!(container.messages().trim(), "");
+    sandbox.assert_ledger_is_empty();
+    container.delete();
+}
+
+/// `apply` on a running container: its open connection learns it by MP_PRIO, in both directions of the switch.
+fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let bundle = Bundle::new(&sandbox, "live").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
+    let mut transfer = container.send(paths.address(), 60_000_000, Some(RATE));
+    transfer.wait_sent(1_000_000);
+    assert!(capture.wait_join("eth1").backup);
+    assert_eq!(capture.prios(), []);
+    let id_before = sandbox.endpoints(&container_netns())[0].id;
+
+    for (wish, names, backup) in
+        [("eth1=subflow", &["subflow"][..], false), ("eth1=backup", &["backup", "subflow"][..], true)]
+    {
+        let seen = capture.prios().len();
+        sandbox.hook(&["apply", container.id(), "--interface", wish]).ok();
+        assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", names);
+        let prio = wait_for("an MP_PRIO option", Duration::from_secs(5), || capture.prios().get(seen).cloned());
+        assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
+        assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
+    }
+    assert_eq!(sandbox.endpoints(&container_netns())[0].id, id_before, "the endpoint was replaced");
+    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// The state of poststop has no `pid` (runc) or `"pid":0` (crun), and the process died long ago.
+fn poststop_after_the_container_was_killed(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let original = sandbox.sysctl(&container_netns(), "net/mptcp/stale_loss_cnt");
+    let bundle = Bundle::new(&sandbox, "killed").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
+    let container = bundle
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .annotation("mptcp-hook/sysctl.net.mptcp.stale_loss_cnt", "3")
+        .start(runtime);
+    sandbox.sh(&format!("kill -9 {}", container.pid()));
+    wait_until("the end of the container's process", Duration::from_secs(5), || {
+        container.state()["status"] == "stopped"
+    });
+    assert_eq!(sandbox.status_of(container.id())["live"], false);
+
+    container.delete();
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+    assert_eq!(sandbox.sysctl(&container_netns(), "net/mptcp/stale_loss_cnt"), original);
+}
+
+/// Both runtimes say how a hook ended, each in its own words.
+fn exit_status(message: &str, status: i32) -> bool {
+    message.contains(&format!("exit status {status}")) || message.contains(&format!("exit code: {status}"))
+}
+
+/// The runtime knows no such container.
+#[track_caller]
+fn assert_not_there(container: &Container) {
+    let state = container.runtime(&["state", container.id()]);
+    assert_ne!(state.code, Some(0), "the container exists: {state}");
+}
