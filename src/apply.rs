@@ -103,6 +103,7 @@ struct Known {
     record: Option<Record>,
     /// The container's present claims on host-wide settings.
     own_claims: BTreeMap<SettingKey, Claim>,
+    kind: kernel::Kind,
     plan: Plan,
 }
 
@@ -119,7 +120,13 @@ impl Work<'_> {
         let mut keys = self.host_keys(ledger.record(&container)?.as_ref());
         let (known, locks) = loop {
             let locks = ledger.lock(&container, Some(&self.instance.netns), &keys, self.context.deadline)?;
-            let known = self.plan(Some(&ledger), Some(&keys))?;
+            let known = match self.plan(Some(&ledger), Some(&keys)) {
+                Ok(known) => known,
+                Err(error) => {
+                    self.forget_locks(&ledger, &locks);
+                    return Err(error);
+                }
+            };
             let missing: Vec<SettingKey> = self.unlocked(&known, &keys);
             if missing.is_empty() {
                 break (known, locks);
@@ -178,7 +185,9 @@ impl Work<'_> {
         let mut own_claims = BTreeMap::new();
         if let Some(ledger) = ledger {
             for (key, seen) in &facts.settings {
-                if scope::of(key, facts.kind, seen) != Ok(ledger::record::Scope::Host) || !keys.contains(key) {
+                if scope::of(key, facts.kind, &facts.release, seen) != Ok(ledger::record::Scope::Host)
+                    || !keys.contains(key)
+                {
                     continue;
                 }
                 let page = ledger.setting(key);
@@ -208,7 +217,7 @@ impl Work<'_> {
             host: &host,
             time: ledger::now(),
         })?;
-        Ok(Known { request, record, own_claims, plan })
+        Ok(Known { request, record, own_claims, kind: facts.kind, plan })
     }
 
     fn host_setting(&self, setting: &Setting) -> HostSetting {
@@ -233,6 +242,15 @@ impl Work<'_> {
         }
     }
 
+    /// Removes the locks' files of a container that the ledger does not get to know. They are only names: if they
+    /// cannot be removed, they lie there.
+    fn forget_locks(&self, ledger: &Ledger, locks: &Locks) {
+        let container = self.instance.container.key();
+        if matches!(ledger.record(&container), Ok(None)) {
+            let _ = ledger.discard_locks(locks, &container, &self.instance.netns);
+        }
+    }
+
     /// The record as it will be.
     fn record(&self, known: &Known, at_work: Option<Writer>) -> Record {
         let mut warnings = self.call.notes.clone();
@@ -241,7 +259,7 @@ impl Work<'_> {
             version: VERSION,
             name: known.request.name().unwrap_or(&self.instance.container.id).into(),
             runtime: self.instance.container.door.name().into(),
-            kernel: kernel::Kind::detect(),
+            kernel: known.kind,
             instance: self.instance.clone(),
             request: known.request.clone(),
             at_work,
@@ -257,9 +275,7 @@ impl Work<'_> {
     fn carry_out(mut self, ledger: &Ledger, locks: &Locks, known: Known) -> Result<Done> {
         if let Some(reason) = known.plan.refusal() {
             ledger.record_conflicts(&known.plan.conflicts)?;
-            if known.record.is_none() {
-                ledger.discard_locks(locks, &self.instance.container.key(), &self.instance.netns)?;
-            }
+            self.forget_locks(ledger, locks);
             return Err(refused(reason));
         }
         if known.plan.steps.is_empty() {
@@ -270,8 +286,8 @@ impl Work<'_> {
                 return Ok(Done::Applied(Box::new(same), false));
             }
         }
-        let me = std::process::id();
-        let at_work = Writer { pid: me, start_time: Process::read(me)?.start_time };
+        let (pid, process) = Process::own()?;
+        let at_work = Writer { pid, start_time: process.start_time };
         let mut progress = Progress::default();
         match self.work(ledger, &known, at_work, &mut progress) {
             Ok(record) => {
@@ -363,7 +379,7 @@ impl Work<'_> {
                 Some(record) => ledger.write_record(record)?,
                 None => {
                     ledger.remove_record(&self.record(known, None))?;
-                    ledger.discard_locks(locks, &self.instance.container.key(), &self.instance.netns)?;
+                    self.forget_locks(ledger, locks);
                 }
             }
             Ok(())

@@ -229,9 +229,24 @@ const FLAGS: &[Flag] = &[
 ];
 
 /// The verb among the arguments, without judging them: an OCI hook has to drain standard input even if its arguments
-/// are wrong.
-pub fn peek_is_oci(arguments: &[OsString]) -> bool {
-    arguments.iter().any(|argument| argument == "oci")
+/// are wrong. None for a call for help.
+pub fn peek(arguments: &[OsString]) -> Option<Verb> {
+    let mut arguments = arguments.iter().map(|argument| argument.to_string_lossy());
+    let mut verb = None;
+    while let Some(argument) = arguments.next() {
+        match argument.strip_prefix("--") {
+            Some("help" | "version") => return None,
+            // `--config FILE oci`: the value is no verb.
+            Some(long) if FLAGS.iter().any(|flag| flag.long == long && flag.value.is_some()) => {
+                arguments.next();
+            }
+            Some(_) => {}
+            None if argument == "-h" || argument == "-V" => return None,
+            None if verb.is_none() => verb = VERBS.iter().find(|v| v.name == argument).map(|v| v.verb),
+            None => {}
+        }
+    }
+    verb
 }
 
 /// Reads the command line (without the program's name).
@@ -494,6 +509,17 @@ mod tests {
             assert_eq!(globals.state_dir, Some("/run/x".into()));
             assert!(matches!(action, Action::Status { name: None, json: true }));
         }
+    }
+
+    #[test]
+    fn the_verb_is_seen_through_wrong_arguments() {
+        let verb = |line: &str| peek(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>());
+        assert_eq!(verb("oci --nonsense"), Some(Verb::Oci));
+        assert_eq!(verb("--config /x oci"), Some(Verb::Oci));
+        assert_eq!(verb("--state-dir=/x oci --interface eth1=x"), Some(Verb::Oci));
+        assert_eq!(verb("status oci"), Some(Verb::Status));
+        assert_eq!(verb("apply --name oci x"), Some(Verb::Apply));
+        assert_eq!(verb("oci --help"), None);
     }
 
     #[test]

@@ -154,6 +154,14 @@ impl Process {
         Self::parse(&String::from_utf8_lossy(&text)).with_context(|| format!("{path} has an unknown form"))
     }
 
+    /// The calling process, with its pid as `/proc` has it: inside a container's pid namespace that is another one
+    /// than it has for itself.
+    pub fn own() -> Result<(u32, Self)> {
+        let seen = std::fs::read_link("/proc/self").context("cannot read /proc/self; is /proc mounted?")?;
+        let pid = seen.to_string_lossy().parse().context("/proc/self does not lead to a pid")?;
+        Ok((pid, Self::read(pid)?))
+    }
+
     fn parse(stat: &str) -> Option<Self> {
         // The command name may hold spaces and parentheses: what follows the last one is regular.
         let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();

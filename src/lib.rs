@@ -35,16 +35,18 @@ pub mod status;
 mod sys;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
 
-use cli::{Action, Globals};
+use cli::{Action, Globals, Verb};
 use context::Context;
 use deadline::Deadline;
 use front::{Apply, Call, command, lxc, oci};
 use ledger::Ledger;
+use ledger::record::Failure;
 use policy::OnError;
 use report::journal::Priority;
 
@@ -53,10 +55,14 @@ const STDIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs one command line and reports. The exit status: 0 done, 1 failed and undone, 2 wrong usage, 3 refused.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let verb = cli::peek(&arguments);
+    // Only LXC speaks through the environment. Gone is gone: no library reads it behind our back either.
+    let variables = if verb == Some(Verb::Lxc) { lxc::Variables::take() } else { lxc::Variables::default() };
+    sys::clear_environment();
     // Whatever else is wrong, the runtime must be able to write the state to the end.
-    let stdin = cli::peek_is_oci(&arguments).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
+    let stdin = (verb == Some(Verb::Oci)).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
     let mut run = Run::default();
-    match run.verb(arguments, stdin) {
+    match run.verb(arguments, stdin, &variables) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => run.failed(&error),
     }
@@ -69,10 +75,17 @@ struct Run {
     container: Option<String>,
     /// Whether a hook's failure may let the container start.
     may_continue: bool,
+    /// The ledger's place, if this is a hook: nobody may read what a hook prints.
+    hook_state_dir: Option<PathBuf>,
 }
 
 impl Run {
-    fn verb(&mut self, arguments: Vec<OsString>, stdin: Option<Result<Vec<u8>>>) -> Result<()> {
+    fn verb(
+        &mut self,
+        arguments: Vec<OsString>,
+        stdin: Option<Result<Vec<u8>>>,
+        variables: &lxc::Variables,
+    ) -> Result<()> {
         let (globals, action) = cli::parse(arguments)?;
         if let Action::Print(text) = action {
             report::print(&text);
@@ -90,7 +103,7 @@ impl Run {
             }
             Action::Lxc(wishes, words) => {
                 let context = self.hook_context(&globals)?;
-                let environment = lxc::Environment::read(|name| std::env::var_os(name), &words)?;
+                let environment = lxc::Environment::read(variables, &words)?;
                 self.container = Some(environment.name().into());
                 let call = environment.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context)
@@ -122,6 +135,7 @@ impl Run {
     fn hook_context(&mut self, globals: &Globals) -> Result<Context> {
         let context = Context::new(globals)?;
         self.may_continue = context.policy.on_error == OnError::Continue;
+        self.hook_state_dir = Some(context.state_dir.clone());
         Ok(context)
     }
 
@@ -225,11 +239,25 @@ impl Run {
         report::say(priority, self.container.as_deref(), message);
     }
 
+    /// Enters a hook's failure into the ledger, if there is one; a ledger that failed cannot remember it.
+    fn remember_failure(&self, status: u8, reason: &str) {
+        let (Some(directory), Some(container)) = (&self.hook_state_dir, &self.container) else { return };
+        if let Ok(Some(ledger)) = Ledger::open(directory) {
+            let failure = Failure { time: ledger::now(), container: container.clone(), status, reason: reason.into() };
+            let _ = ledger.record_failure(&failure);
+        }
+    }
+
     /// Reports an error and gives the exit status.
     fn failed(&self, error: &anyhow::Error) -> ExitCode {
         let status = error::exit_status(error);
         let message = format!("{error:#}");
-        if status == 1 && self.may_continue {
+        let continues = status == 1 && self.may_continue;
+        if status != 3 {
+            // A refusal is among the conflicts already.
+            self.remember_failure(if continues { 0 } else { status }, &message);
+        }
+        if continues {
             let message = format!("{message}; the container starts without (on-error = \"continue\")");
             self.say(Priority::Warning, &message);
             return ExitCode::SUCCESS;

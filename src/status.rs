@@ -8,7 +8,7 @@ use crate::instance::{self, Process};
 use crate::kernel::netns::{Visit, in_initial_user_namespace};
 use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
 use crate::ledger::Ledger;
-use crate::ledger::record::{Conflict, Outcome, Record, State};
+use crate::ledger::record::{Conflict, Failure, Outcome, Record, State};
 use crate::request::setting::SettingKey;
 
 /// Everything that there is to show.
@@ -21,6 +21,8 @@ pub struct Status {
     pub settings: Vec<HostSetting>,
     /// Who was refused, warned or overridden, and why.
     pub conflicts: Vec<Conflict>,
+    /// Hooks that failed.
+    pub failures: Vec<Failure>,
     /// What could not be read.
     pub problems: Vec<String>,
     /// Whether the ledger is one user's, who cannot protect host-wide values.
@@ -68,6 +70,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         containers: Vec::new(),
         settings: Vec::new(),
         conflicts: Vec::new(),
+        failures: Vec::new(),
         problems: Vec::new(),
         rootless: !in_initial_user_namespace() || !nix::unistd::geteuid().is_root(),
     };
@@ -130,6 +133,10 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         Ok(conflicts) => status.conflicts = conflicts,
         Err(error) => status.problems.push(format!("{error:#}")),
     }
+    match ledger.failures() {
+        Ok(failures) => status.failures = failures,
+        Err(error) => status.problems.push(format!("{error:#}")),
+    }
     if let Some(name) = name {
         only(&mut status, &ledger, name)?;
     }
@@ -143,6 +150,7 @@ fn only(status: &mut Status, ledger: &Ledger, name: &str) -> Result<()> {
     status.containers.retain(|container| container.record.instance.container == found.instance.container);
     status.settings.retain(|setting| setting.claims.iter().any(|claim| claim.container == id));
     status.conflicts.retain(|conflict| conflict.container == id || conflict.holders.contains(&id));
+    status.failures.retain(|failure| failure.container == id);
     Ok(())
 }
 

@@ -14,3 +14,12 @@ pub fn netns_cookie(socket: RawFd) -> Option<u64> {
     };
     (result == 0 && length as usize == size_of::<u64>()).then_some(cookie)
 }
+
+/// Forgets the environment. The program starts with what the runtime, and at createContainer the container's author,
+/// put there.
+pub fn clear_environment() {
+    // SAFETY: called first of all, while the program has one thread and nobody holds a pointer into the environment.
+    unsafe {
+        libc::clearenv();
+    }
+}

@@ -308,7 +308,7 @@ fn createruntime_two_entries_that_disagree_stop_the_container(runtime: Runtime) 
 
 /// A container's author alone cannot change host-wide values, nor values outside net.mptcp in the namespace.
 fn createruntime_annotation_without_policy_stops_the_container(runtime: Runtime) {
-    for (key, value) in [("net.core.rmem_max", "4194304"), ("net.ipv4.tcp_ecn", "1")] {
+    for (key, value) in [("net.core.rmem_max", "5000001"), ("net.ipv4.tcp_ecn", "1")] {
         let sandbox = Sandbox::new();
         let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
         let container = Bundle::new(&sandbox, "greedy")
@@ -357,7 +357,9 @@ fn createruntime_value_of_linux_sysctl_conflicts(runtime: Runtime) {
     for part in ["stale_loss_cnt", "7", "2"] {
         assert!(message.contains(part), "`{part}` is not in: {message}");
     }
-    assert_eq!(value(), original);
+    // crun (1.8) has written its own value by the time of the hook, runc has not; the hook never wrote.
+    let unchanged = if runtime == Runtime::Crun { Some("7".to_string()) } else { original };
+    assert_eq!(value(), unchanged);
     assert_eq!(sandbox.endpoints(&container_netns()), []);
 
     let container = bundle("equal", "7").start(runtime);

@@ -1,6 +1,5 @@
 //! The door of LXC: hook versions 0 and 1, start-host and post-stop (lxc.container.conf(5), "HOOKS").
 
-use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::Result;
@@ -12,7 +11,25 @@ use crate::policy::Policy;
 use crate::policy::container_file::Name;
 use crate::request::{Request, What, Wish};
 
-/// What LXC says about the container. `get` looks up one environment variable; only those of LXC are asked for.
+/// The variables that LXC sets for its hooks.
+#[derive(Debug, Default)]
+pub struct Variables(Vec<(&'static str, String)>);
+
+impl Variables {
+    const NAMES: [&'static str; 5] = ["LXC_NAME", "LXC_PID", "LXC_CONFIG_FILE", "LXC_HOOK_VERSION", "LXC_HOOK_TYPE"];
+
+    /// Reads them out of the environment, and nothing else.
+    pub fn take() -> Self {
+        let read = |name| std::env::var_os(name).map(|value| (name, value.to_string_lossy().into_owned()));
+        Self(Self::NAMES.into_iter().filter_map(read).collect())
+    }
+
+    fn get(&self, name: &str) -> Option<String> {
+        self.0.iter().find(|(known, value)| *known == name && !value.is_empty()).map(|(_, value)| value.clone())
+    }
+}
+
+/// What LXC says about the container.
 pub struct Environment {
     name: String,
     pid: Option<String>,
@@ -23,8 +40,8 @@ pub struct Environment {
 impl Environment {
     /// Reads LXC's variables, and with hook version 0 the three words that LXC appends to the hook's line:
     /// NAME SECTION TYPE.
-    pub fn read(get: impl Fn(&str) -> Option<OsString>, words: &[String]) -> Result<Self> {
-        let text = |name: &str| get(name).map(|value| value.to_string_lossy().into_owned()).filter(|v| !v.is_empty());
+    pub fn read(variables: &Variables, words: &[String]) -> Result<Self> {
+        let text = |name: &str| variables.get(name);
         let version_1 = text("LXC_HOOK_VERSION").as_deref() == Some("1");
         let (named, kind) = match words {
             [] => (None, text("LXC_HOOK_TYPE")),
@@ -92,13 +109,13 @@ impl Environment {
 mod tests {
     use super::*;
 
-    fn read(variables: &[(&str, &str)], words: &[&str]) -> Result<Environment> {
+    fn read(variables: &[(&'static str, &str)], words: &[&str]) -> Result<Environment> {
         let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
-        let get = |name: &str| variables.iter().find(|(k, _)| *k == name).map(|(_, v)| OsString::from(v));
-        Environment::read(get, &words)
+        let variables = Variables(variables.iter().map(|(name, value)| (*name, value.to_string())).collect());
+        Environment::read(&variables, &words)
     }
 
-    fn call(variables: &[(&str, &str)], words: &[&str]) -> Result<Call> {
+    fn call(variables: &[(&'static str, &str)], words: &[&str]) -> Result<Call> {
         let directory = "/nonexistent/containers.d".into();
         let files = ContainerFiles { directory, initial_user_namespace: true };
         read(variables, words)?.into_call(Vec::new(), &Policy::default(), &files)
@@ -121,7 +138,8 @@ mod tests {
 
     #[test]
     fn other_callers_are_told() {
-        let error = |variables: &[(&str, &str)], words: &[&str]| format!("{:#}", call(variables, words).err().unwrap());
+        let error =
+            |variables: &[(&'static str, &str)], words: &[&str]| format!("{:#}", call(variables, words).err().unwrap());
         assert!(error(&[], &[]).contains("no LXC hook"));
         assert!(error(&COMMON, &["web", "lxc", "pre-start"]).contains("start-host and lxc.hook.post-stop"));
         assert!(error(&[("LXC_NAME", "web")], &["web", "lxc", "start-host"]).contains("LXC_PID is not set"));

@@ -105,6 +105,8 @@ pub struct SeenSetting {
 pub struct Facts {
     /// Which MPTCP it has.
     pub kind: Kind,
+    /// Its release, as `uname -r` prints it.
+    pub release: String,
     /// Whether we are in the initial user namespace, where host-wide values are ours to change.
     pub initial_user_namespace: bool,
     /// Whether the host's network namespace can be reached from here (not from a createContainer hook).

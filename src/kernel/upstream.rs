@@ -56,6 +56,7 @@ impl Kernel for Upstream {
         let settings = sysctl::look_around(&mut self.visit, &keys)?;
         Ok(Facts {
             kind: Kind::Upstream,
+            release: super::release(),
             initial_user_namespace: in_initial_user_namespace(),
             host_reachable: self.visit.host_reachable(),
             target_is_host: self.visit.target_is_host(),

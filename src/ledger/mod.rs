@@ -7,6 +7,7 @@
 //! settings/SETTING/claims/KEY        who relies on it at which value
 //! settings/SETTING/intent            a write that is under way
 //! conflicts                          a line per conflict
+//! failures                           a line per hook that failed
 //! locks/{container:KEY,netns:NETNS,setting:SETTING}
 //! ```
 //!
@@ -22,15 +23,17 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::deadline::Deadline;
 use crate::kernel::netns::NetnsId;
 use crate::request::setting::SettingKey;
 pub use lock::Locks;
-use record::{Conflict, Record};
+use record::{Conflict, Failure, Record};
 
-/// When the conflicts' file is larger than this, it becomes the old one and the one before is dropped.
-const CONFLICTS_MAX: u64 = 256 * 1024;
+/// When a history is larger than this, in bytes, it becomes the old one and the one before is dropped.
+const HISTORY_MAX: u64 = 256 * 1024;
 
 /// The ledger in one state directory.
 #[derive(Clone, Debug)]
@@ -161,14 +164,23 @@ impl Ledger {
         if conflicts.is_empty() {
             return Ok(());
         }
-        let path = self.directory.join("conflicts");
+        self.append("conflicts", conflicts)
+    }
+
+    /// Appends a failure to the history, which is bounded like the conflicts'.
+    pub fn record_failure(&self, failure: &Failure) -> Result<()> {
+        self.append("failures", std::slice::from_ref(failure))
+    }
+
+    fn append<T: Serialize>(&self, name: &str, items: &[T]) -> Result<()> {
+        let path = self.directory.join(name);
         let mut lines = Vec::new();
-        for conflict in conflicts {
-            serde_json::to_writer(&mut lines, conflict)?;
+        for item in items {
+            serde_json::to_writer(&mut lines, item)?;
             lines.push(b'\n');
         }
-        if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > CONFLICTS_MAX) {
-            std::fs::rename(&path, self.directory.join("conflicts.old"))
+        if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > HISTORY_MAX) {
+            std::fs::rename(&path, self.directory.join(format!("{name}.old")))
                 .with_context(|| format!("cannot move {} away", path.display()))?;
         }
         // One write in append mode: lines of several hooks do not mix.
@@ -177,8 +189,17 @@ impl Ledger {
 
     /// The history of conflicts, oldest first. Lines that a full disk cut short are passed over.
     pub fn conflicts(&self) -> Result<Vec<Conflict>> {
-        let mut conflicts = Vec::new();
-        for name in ["conflicts.old", "conflicts"] {
+        self.history("conflicts")
+    }
+
+    /// The history of failures, oldest first.
+    pub fn failures(&self) -> Result<Vec<Failure>> {
+        self.history("failures")
+    }
+
+    fn history<T: DeserializeOwned>(&self, name: &str) -> Result<Vec<T>> {
+        let mut items = Vec::new();
+        for name in [format!("{name}.old"), name.into()] {
             let path = self.directory.join(name);
             let file = match std::fs::File::open(&path) {
                 Ok(file) => file,
@@ -187,10 +208,10 @@ impl Ledger {
             };
             for line in BufReader::new(file).lines() {
                 let line = line.with_context(|| format!("cannot read {}", path.display()))?;
-                conflicts.extend(serde_json::from_str::<Conflict>(&line));
+                items.extend(serde_json::from_str::<T>(&line));
             }
         }
-        Ok(conflicts)
+        Ok(items)
     }
 }
 

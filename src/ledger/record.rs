@@ -286,3 +286,16 @@ pub struct Conflict {
     /// Why.
     pub reason: String,
 }
+
+/// A hook that failed: everything was undone, and the container did not start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// In seconds since 1970.
+    pub time: u64,
+    /// The container's id.
+    pub container: String,
+    /// The exit status: 1 failed, 2 wrong usage; 0 if the policy let the container start all the same.
+    pub status: u8,
+    /// What went wrong.
+    pub reason: String,
+}

@@ -154,7 +154,7 @@ impl Plan {
         match input.facts.kind {
             Kind::Upstream => upstream::plan(&mut draft)?,
             Kind::MptcpOrg => mptcp_org::plan(&mut draft)?,
-            Kind::None => bail!("this kernel ({}) has no MPTCP", crate::kernel::release()),
+            Kind::None => bail!("this kernel ({}) has no MPTCP", input.facts.release),
         }
         Ok(draft.plan)
     }

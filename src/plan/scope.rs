@@ -70,7 +70,7 @@ pub fn may_be_host(key: &SettingKey, kind: Kind) -> bool {
 }
 
 /// The scope of `key`. The error says which kernel, module or namespace would have it.
-pub fn of(key: &SettingKey, kind: Kind, seen: &SeenSetting) -> Result<Scope, String> {
+pub fn of(key: &SettingKey, kind: Kind, release: &str, seen: &SeenSetting) -> Result<Scope, String> {
     let Some(path) = key.sysctl_path() else {
         return match seen.host {
             Seen::Absent => Err(format!(
@@ -84,15 +84,14 @@ pub fn of(key: &SettingKey, kind: Kind, seen: &SeenSetting) -> Result<Scope, Str
         Seen::Writable(_) | Seen::ReadOnly(_) => Ok(Scope::Host),
         Seen::Unreadable => Err(format!("{key} cannot be read, so it could not be checked after writing")),
         Seen::Absent => match &seen.host {
-            Seen::Absent => Err(absent(key, path, kind)),
+            Seen::Absent => Err(absent(key, path, kind, release)),
             Seen::Unreadable => Err(format!("{key} cannot be read, so it could not be checked after writing")),
             _ => Ok(Scope::Host),
         },
     }
 }
 
-fn absent(key: &SettingKey, path: &str, kind: Kind) -> String {
-    let release = crate::kernel::release();
+fn absent(key: &SettingKey, path: &str, kind: Kind, release: &str) -> String {
     if let Some(name) = path.strip_prefix("net/mptcp/") {
         if name.starts_with("mptcp_") && kind != Kind::MptcpOrg {
             return format!("{key} exists on multipath-tcp.org kernels alone; this is {release}");
@@ -123,7 +122,7 @@ mod tests {
     use super::*;
 
     fn scope(key: &str, kind: Kind, target: Seen, host: Seen) -> Result<Scope, String> {
-        of(&SettingKey::try_from(key.to_string()).unwrap(), kind, &SeenSetting { target, host })
+        of(&SettingKey::try_from(key.to_string()).unwrap(), kind, "5.10.0", &SeenSetting { target, host })
     }
 
     fn writable() -> Seen {

@@ -45,8 +45,8 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     let order = |case: &Case, scope: Scope| (scope == Scope::Netns, case.key.sysctl_path().is_none());
     let mut scoped = Vec::new();
     for case in cases {
-        let scope =
-            scope::of(&case.key, draft.input.facts.kind, &case.seen).map_err(|e| anyhow!("{}: {e}", case.says()))?;
+        let scope = scope::of(&case.key, draft.input.facts.kind, &draft.input.facts.release, &case.seen)
+            .map_err(|e| anyhow!("{}: {e}", case.says()))?;
         scoped.push((case, scope));
     }
     scoped.sort_by_key(|(case, scope)| order(case, *scope));

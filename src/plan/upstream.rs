@@ -30,6 +30,11 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
             kept.push(one);
         }
     }
+    let backup =
+        |one: &Wanted| matches!(one.flags, InterfaceFlags::Endpoint(flags) if flags.contains(EndpointFlags::BACKUP));
+    if let Some(bug) = backup_bug(&draft.input.facts.release).filter(|_| kept.iter().any(backup)) {
+        draft.warn(format!("this kernel ({}) {bug}", draft.input.facts.release));
+    }
     let mut places = places(draft, &kept);
     let desired: Vec<IpAddr> = places.iter().flat_map(|place| place.addresses()).collect();
     let deletes = leave(draft, &desired);
@@ -53,6 +58,16 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is known of `backup` on older kernels (6.11 and stable backports, of which 6.1.192 has it).
+fn backup_bug(release: &str) -> Option<&'static str> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    let (major, minor, patch) = (numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0));
+    let mended = (major, minor) >= (6, 11) || (major, minor) == (6, 1) && patch >= 192;
+    (!mended).then_some(
+        "may send on its own backup paths until the peer has confirmed them (mended in Linux 6.11 and in later stable releases)",
+    )
 }
 
 fn mptcp_value<'a>(draft: &'a Draft, name: &str) -> Option<&'a str> {

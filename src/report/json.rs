@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::kernel::{Kind, RouteState};
-use crate::ledger::record::{Conflict, Outcome, Scope, State};
+use crate::ledger::record::{Conflict, Failure, Outcome, Scope, State};
 use crate::request::setting::SettingKey;
 use crate::status::Status;
 
@@ -13,6 +13,7 @@ struct Root<'a> {
     containers: Vec<Container<'a>>,
     settings: Vec<Setting<'a>>,
     conflicts: &'a [Conflict],
+    failures: &'a [Failure],
     problems: &'a [String],
     rootless: bool,
 }
@@ -130,6 +131,7 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
         containers: containers.collect(),
         settings: settings.collect(),
         conflicts: &status.conflicts,
+        failures: &status.failures,
         problems: &status.problems,
         rootless: status.rootless,
     };

@@ -3,7 +3,7 @@
 use comfy_table::{Table, presets};
 
 use crate::kernel::RouteState;
-use crate::ledger::record::{Conflict, Outcome, Record, State};
+use crate::ledger::record::{Conflict, Failure, Outcome, Record, State};
 use crate::plan::Plan;
 use crate::request::{Request, setting};
 use crate::status::Status;
@@ -105,6 +105,15 @@ pub fn status(status: &Status) -> String {
         let mut table = table(["TIME (UTC)", "CONTAINER", "SETTING", "WANTED", "KEPT", "HOLDERS", "OUTCOME", "REASON"]);
         for conflict in &status.conflicts {
             table.add_row(conflict_row(conflict));
+        }
+        text += &format!("{table}\n");
+    }
+    if !status.failures.is_empty() {
+        text += "\nHooks that failed\n";
+        let mut table = table(["TIME (UTC)", "CONTAINER", "EXIT", "REASON"]);
+        for failure in &status.failures {
+            let Failure { time, container, status, reason } = failure;
+            table.add_row([utc(*time), short(container), status.to_string(), reason.clone()]);
         }
         text += &format!("{table}\n");
     }
