@@ -7,11 +7,18 @@ use anyhow::Result;
 use lexopt::Arg;
 
 use crate::error::usage;
-use crate::front::command::Target;
 use crate::request::{self, Rank, Source, What, Wish};
 
-/// The policy file, unless `--config` names another.
-pub const CONFIG: &str = "/etc/mptcp-hook/config.toml";
+/// What a person names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A name, an id, or the beginning of one that is unique in the ledger.
+    Known(String),
+    /// `--pid`.
+    Pid(u32),
+    /// `--netns`.
+    Netns(PathBuf),
+}
 
 /// What is to be done.
 #[derive(Debug)]

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cli::{self, Globals};
+use crate::cli::Globals;
 use crate::deadline::Deadline;
 use crate::front::ContainerFiles;
 use crate::kernel::netns::in_initial_user_namespace;
-use crate::policy::{Policy, config};
+use crate::policy::{self, Policy, config};
 
 /// The policy, the ledger's place and the time that is left.
 pub struct Context {
@@ -26,7 +26,7 @@ impl Context {
     /// Reads the policy. Nothing comes from the environment.
     pub fn new(globals: &Globals) -> Result<Self> {
         let initial_user_namespace = in_initial_user_namespace();
-        let path = globals.config.as_deref().unwrap_or(Path::new(cli::CONFIG));
+        let path = globals.config.as_deref().unwrap_or(Path::new(policy::CONFIG_FILE));
         let policy = config::load(path, globals.config.is_some(), initial_user_namespace)?;
         let state_dir = match &globals.state_dir {
             Some(directory) => directory.clone(),

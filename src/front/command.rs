@@ -1,10 +1,11 @@
 //! The door for people: `apply` and `release` by hand, on a container that the ledger knows, a process or a path.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use super::{Apply, ContainerFiles, Place};
+use crate::cli::Target;
 use crate::error::usage;
 use crate::instance::{ContainerId, Door, Process};
 use crate::ledger::Ledger;
@@ -12,17 +13,6 @@ use crate::ledger::record::Record;
 use crate::policy::Policy;
 use crate::policy::container_file::Name;
 use crate::request::{Request, Wish};
-
-/// What a person names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// A name, an id, or the beginning of one that is unique in the ledger.
-    Known(String),
-    /// `--pid`.
-    Pid(u32),
-    /// `--netns`.
-    Netns(PathBuf),
-}
 
 /// Turns a person's words into a call.
 pub fn apply(

@@ -20,6 +20,7 @@ pub use netlink::route::{Address, Link};
 
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
+use netlink::route::RouteAnswer;
 use netns::Visit;
 
 /// The most endpoints that a namespace can have (`MPTCP_PM_ADDR_MAX`), and addresses per family on mptcp.org kernels.
@@ -209,6 +210,16 @@ pub enum RouteState {
     /// Not an endpoint, or the kernel could not say.
     #[default]
     Unknown,
+}
+
+impl From<RouteAnswer> for RouteState {
+    fn from(answer: RouteAnswer) -> Self {
+        match answer {
+            RouteAnswer::Usable => Self::Ok,
+            RouteAnswer::Missing => Self::Missing,
+            RouteAnswer::Unknown => Self::Unknown,
+        }
+    }
 }
 
 impl RouteState {

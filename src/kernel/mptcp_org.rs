@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use super::netlink::route::{Link, Route};
 use super::netns::{Visit, in_initial_user_namespace};
-use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl, upstream};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
 
@@ -44,7 +44,7 @@ impl Kernel for MptcpOrg {
             endpoints: Vec::new(),
             limits: None,
             default_route_links: self.route.default_interfaces()?,
-            congestion_controls: upstream::congestion_controls(&settings),
+            congestion_controls: sysctl::congestion_controls(&settings),
             settings,
         })
     }
@@ -71,12 +71,12 @@ impl Kernel for MptcpOrg {
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
-        upstream::route_state(&mut self.route, address, index)
+        Ok(self.route.usable_route(address, index)?.into())
     }
 }
 
 /// Compares the interface flags with what was written. An upstream kernel takes the write and drops the bits.
-pub fn confirm_links(links: &[Link], changes: &[&Change]) -> Result<()> {
+fn confirm_links(links: &[Link], changes: &[&Change]) -> Result<()> {
     for change in changes {
         let Change::LinkFlags { index, name, bits, mask } = change else { continue };
         let Some(link) = links.iter().find(|link| link.index == *index) else {

@@ -65,6 +65,13 @@ pub fn look_around(visit: &mut Visit, keys: &[SettingKey]) -> Result<BTreeMap<Se
     Ok(settings)
 }
 
+/// The loaded congestion controls, if somebody asks for one.
+pub fn congestion_controls(settings: &BTreeMap<SettingKey, SeenSetting>) -> Vec<String> {
+    let asked = settings.keys().any(|key| key.sysctl_path() == Some("net/ipv4/tcp_congestion_control"));
+    let list = if asked { read_text("/proc/sys/net/ipv4/tcp_available_congestion_control") } else { None };
+    list.map(|list| list.split_whitespace().map(String::from).collect()).unwrap_or_default()
+}
+
 /// Writes a value from where the thread is now.
 fn write(key: &SettingKey, value: &str) -> Result<()> {
     let path = key.path();

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 
 use super::netlink::mptcp_pm::PathManager;
-use super::netlink::route::{Route, RouteAnswer};
+use super::netlink::route::Route;
 use super::netlink::{self};
 use super::netns::{Visit, in_initial_user_namespace};
 use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
@@ -65,7 +65,7 @@ impl Kernel for Upstream {
             endpoints: self.path_manager.endpoints()?,
             limits: Some(self.path_manager.limits()?),
             default_route_links: self.route.default_interfaces()?,
-            congestion_controls: congestion_controls(&settings),
+            congestion_controls: sysctl::congestion_controls(&settings),
             settings,
         })
     }
@@ -79,8 +79,7 @@ impl Kernel for Upstream {
             Change::AddEndpoint(endpoint) => self.path_manager.add(endpoint),
             Change::SetEndpointFlags(endpoint) => self.path_manager.set_flags(endpoint.id, endpoint.flags),
             Change::DeleteEndpoint(endpoint) => self.delete(endpoint),
-            Change::LinkFlags { index, bits, mask, .. } => self.route.set_link_flags(*index, *bits, *mask),
-            Change::HostSetting { .. } | Change::NetnsSysctl { .. } => Ok(()),
+            other => bail!("cannot {other}: an upstream kernel takes such a write and drops the bits"),
         }
         .map_err(explain)
     }
@@ -113,9 +112,6 @@ impl Kernel for Upstream {
                 _ => {}
             }
         }
-        if any(|c| matches!(c, Change::LinkFlags { .. })) {
-            super::mptcp_org::confirm_links(&self.route.links()?, changes)?;
-        }
         sysctl::confirm(&mut self.visit, changes)
     }
 
@@ -124,24 +120,8 @@ impl Kernel for Upstream {
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
-        route_state(&mut self.route, address, index)
+        Ok(self.route.usable_route(address, index)?.into())
     }
-}
-
-/// Looks a route up; shared with the other kind.
-pub fn route_state(route: &mut Route, address: IpAddr, index: u32) -> Result<RouteState> {
-    Ok(match route.usable_route(address, index)? {
-        RouteAnswer::Usable => RouteState::Ok,
-        RouteAnswer::Missing => RouteState::Missing,
-        RouteAnswer::Unknown => RouteState::Unknown,
-    })
-}
-
-/// The loaded congestion controls, if somebody asks for one.
-pub fn congestion_controls(settings: &std::collections::BTreeMap<SettingKey, super::SeenSetting>) -> Vec<String> {
-    let asked = settings.keys().any(|key| key.sysctl_path() == Some("net/ipv4/tcp_congestion_control"));
-    let list = if asked { sysctl::read_text("/proc/sys/net/ipv4/tcp_available_congestion_control") } else { None };
-    list.map(|list| list.split_whitespace().map(String::from).collect()).unwrap_or_default()
 }
 
 fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use super::files;
 use super::record::VERSION;
 use crate::instance::Instance;
-use crate::plan::HostClaim;
 use crate::request::setting::{self, SettingKey};
 
 /// What the page says.
@@ -39,6 +38,30 @@ pub struct Claim {
     pub time: u64,
     /// Somebody else overrode it.
     pub overridden: bool,
+}
+
+/// A claim on a host-wide value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostClaim {
+    /// Which setting.
+    pub key: SettingKey,
+    /// The value that we rely on.
+    pub value: String,
+    /// The value before the first of ours.
+    pub original: String,
+    /// Whether the steps write it.
+    pub written: Option<Written>,
+    /// The containers whose claims are overridden with it.
+    pub overridden: Vec<String>,
+    /// The dead containers whose claims are struck.
+    pub dead: Vec<String>,
+}
+
+/// A write of a host-wide value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The value right before.
+    pub before: String,
 }
 
 /// A write to the kernel that is about to happen.

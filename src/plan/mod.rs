@@ -15,6 +15,7 @@ use crate::kernel::{Change, Facts, Kind, RouteState};
 use crate::ledger::record::{
     Conflict, ConflictOutcome, Interface, OwnedEndpoint, OwnedLimits, OwnedSetting, Record, State,
 };
+use crate::ledger::setting::HostClaim;
 use crate::policy::Policy;
 use crate::request::flags::InterfaceFlags;
 use crate::request::setting::SettingKey;
@@ -94,30 +95,6 @@ pub struct Step {
     pub undo: Option<Change>,
     /// Whose wish it is, and why it is needed.
     pub why: String,
-}
-
-/// A claim on a host-wide value.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostClaim {
-    /// Which setting.
-    pub key: SettingKey,
-    /// The value that we rely on.
-    pub value: String,
-    /// The value before the first of ours.
-    pub original: String,
-    /// Whether the steps write it.
-    pub written: Option<Written>,
-    /// The containers whose claims are overridden with it.
-    pub overridden: Vec<String>,
-    /// The dead containers whose claims are struck.
-    pub dead: Vec<String>,
-}
-
-/// A write of a host-wide value.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Written {
-    /// The value right before.
-    pub before: String,
 }
 
 /// The plan as `--dry-run --json` prints it.

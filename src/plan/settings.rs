@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Clash, Draft, HostClaim, HostSetting, Written, scope};
+use super::{Clash, Draft, HostSetting, scope};
 use crate::error::usage;
 use crate::kernel::{Change, Seen, SeenSetting};
 use crate::ledger::record::{Outcome, OwnedSetting, Scope};
+use crate::ledger::setting::{HostClaim, Written};
 use crate::request::setting::{self, SettingKey};
 use crate::request::{OnConflict, Wish};
 

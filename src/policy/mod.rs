@@ -7,6 +7,9 @@ pub mod trusted;
 
 pub use config::{OnError, Policy};
 
+/// The policy file, unless `--config` names another.
+pub const CONFIG_FILE: &str = "/etc/mptcp-hook/config.toml";
+
 use crate::ledger::record::Scope;
 use crate::request::setting::SettingKey;
 use crate::request::{OnConflict, Rank, Request, Source};
@@ -69,7 +72,7 @@ impl Policy {
     fn place(&self) -> String {
         match &self.path {
             Some(path) => path.display().to_string(),
-            None => format!("{} (which does not exist)", crate::cli::CONFIG),
+            None => format!("{} (which does not exist)", CONFIG_FILE),
         }
     }
 }

@@ -10,19 +10,6 @@ use nix::errno::Errno;
 use super::{Body, Connection, array, attributes, errno, header, ip};
 use crate::deadline::Deadline;
 
-/// The address is announced to the peer (ADD_ADDR).
-pub const FLAG_SIGNAL: u32 = 1;
-/// Subflows are opened from the address.
-pub const FLAG_SUBFLOW: u32 = 2;
-/// Subflows of the address are used only when no other is left.
-pub const FLAG_BACKUP: u32 = 4;
-/// Subflows are opened to every address of the peer (Linux 5.15).
-pub const FLAG_FULLMESH: u32 = 8;
-/// The kernel made the endpoint by itself (Linux 5.18).
-pub const FLAG_IMPLICIT: u32 = 16;
-/// The address is used for subflows to announced addresses only (Linux 6.18).
-pub const FLAG_LAMINAR: u32 = 32;
-
 const FAMILY_NAME: &[u8] = b"mptcp_pm\0";
 const VERSION: u8 = 1;
 
@@ -56,7 +43,7 @@ pub struct Endpoint {
     pub port: Option<u16>,
     /// The interface that subflows are bound to; 0 for none.
     pub ifindex: u32,
-    /// `FLAG_*`; bits that are not known here are kept.
+    /// The values of [`EndpointFlags`](crate::request::flags::EndpointFlags); unknown bits are kept.
     pub flags: u32,
 }
 
@@ -253,6 +240,12 @@ mod tests {
     use super::super::KernelError;
     use super::super::testing::{in_namespace, ip, ip_output, payload, soon, torment};
     use super::*;
+    use crate::request::flags::EndpointFlags;
+
+    const FLAG_BACKUP: u32 = EndpointFlags::BACKUP.0;
+    const FLAG_FULLMESH: u32 = EndpointFlags::FULLMESH.0;
+    const FLAG_SIGNAL: u32 = EndpointFlags::SIGNAL.0;
+    const FLAG_SUBFLOW: u32 = EndpointFlags::SUBFLOW.0;
 
     fn open() -> PathManager {
         PathManager::open(soon()).unwrap().expect("these tests need a kernel with MPTCP")
