@@ -45,6 +45,11 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
             "it uses the host's own network namespace, which is not a container's to set up; host-namespace = \"allow\" in the policy would allow it",
         ));
     }
+    // Before going in: in another user namespace nobody's files look like ours.
+    let ledger = match dry_run {
+        true => Ledger::open(&context.state_dir)?,
+        false => Some(Ledger::create(&context.state_dir)?),
+    };
     let instance = Instance {
         container: call.container.clone(),
         boot_id: instance::boot_id()?,
@@ -59,7 +64,11 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
             kernel::release()
         );
     };
-    Work { call, context, instance, kernel }.run(dry_run)
+    let work = Work { call, context, instance, kernel };
+    match ledger {
+        Some(ledger) if !dry_run => work.run(&ledger),
+        ledger => work.only_plan(ledger.as_ref()),
+    }
 }
 
 /// Opens the namespace. The pid comes with what tells its process from a later one of the same pid.
@@ -108,22 +117,21 @@ struct Known {
 }
 
 impl Work<'_> {
-    fn run(mut self, dry_run: bool) -> Result<Done> {
+    fn only_plan(mut self, ledger: Option<&Ledger>) -> Result<Done> {
+        let known = self.plan(ledger, None)?;
+        Ok(Done::Planned(Box::new(known.request), Box::new(known.plan)))
+    }
+
+    fn run(mut self, ledger: &Ledger) -> Result<Done> {
         let container = self.instance.container.key();
-        if dry_run {
-            let ledger = Ledger::open(&self.context.state_dir)?;
-            let known = self.plan(ledger.as_ref(), None)?;
-            return Ok(Done::Planned(Box::new(known.request), Box::new(known.plan)));
-        }
-        let ledger = Ledger::create(&self.context.state_dir)?;
         // Which settings are the host's is known only once the kernel was read; their locks come before that.
         let mut keys = self.host_keys(ledger.record(&container)?.as_ref());
         let (known, locks) = loop {
             let locks = ledger.lock(&container, Some(&self.instance.netns), &keys, self.context.deadline)?;
-            let known = match self.plan(Some(&ledger), Some(&keys)) {
+            let known = match self.plan(Some(ledger), Some(&keys)) {
                 Ok(known) => known,
                 Err(error) => {
-                    self.forget_locks(&ledger, &locks);
+                    self.forget_locks(ledger, &locks);
                     return Err(error);
                 }
             };
@@ -134,7 +142,7 @@ impl Work<'_> {
             drop(locks);
             keys.extend(missing);
         };
-        self.carry_out(&ledger, &locks, known)
+        self.carry_out(ledger, &locks, known)
     }
 
     /// The settings that may be the host's, before anything was read.

@@ -265,7 +265,6 @@ mod tests {
             "net/../kernel/hostname",
             "../x",
             "net/ipv4/\n",
-            "net",
             "vm.swappiness",
             "",
             "net.mptcp.a b",
