@@ -27,6 +27,8 @@ pub fn apply(
     let (container, place, netns_path) = match target {
         Target::Known(name) => {
             let record = find(ledger, name)?;
+            // What it was asked for before is asked for again: an interface may have come since.
+            request = request.on_top_of(&record.request)?;
             let instance = record.instance;
             let place = match (instance.pid, &instance.netns_path) {
                 (Some(pid), _) => {
@@ -44,7 +46,10 @@ pub fn apply(
         Target::Pid(pid) => {
             let place = Place::Process(*pid);
             match known_process(ledger, *pid)? {
-                Some(record) => (record.instance.container, place, record.instance.netns_path),
+                Some(record) => {
+                    request = request.on_top_of(&record.request)?;
+                    (record.instance.container, place, record.instance.netns_path)
+                }
                 None => (own_id(&request, &format!("pid-{pid}"))?, place, None),
             }
         }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use serde::Serialize;
 
-use crate::kernel::{Change, Facts, Kind, RouteState};
+use crate::kernel::{Change, Facts, Kind, Link, RouteState};
 use crate::ledger::record::{
     Conflict, ConflictOutcome, Interface, OwnedEndpoint, OwnedLimits, OwnedSetting, Record, State,
 };
@@ -232,13 +232,15 @@ impl<'a> Draft<'a> {
     fn wanted_interfaces(&mut self) -> Result<Vec<Wanted<'a>>> {
         let input = self.input;
         let mut wanted = Vec::new();
-        for link in input.facts.links.iter().filter(|link| link.flags & libc::IFF_LOOPBACK as u32 == 0) {
+        let links: Vec<&Link> =
+            input.facts.links.iter().filter(|link| link.flags & libc::IFF_LOOPBACK as u32 == 0).collect();
+        for link in &links {
             let Some((wish, flags)) = input.request.interface(&link.name)? else { continue };
             wanted.push(Wanted { name: link.name.clone(), index: Some(link.index), wish, flags });
         }
         for (pattern, (wish, flags)) in input.request.patterns() {
             // A default says how an interface shall be if there is one.
-            let met = input.facts.links.iter().any(|link| pattern.matches(&link.name));
+            let met = links.iter().any(|link| pattern.matches(&link.name));
             if !met && wish.source.rank != Rank::PolicyDefault {
                 wanted.push(Wanted { name: pattern.to_string(), index: None, wish, flags });
             }
