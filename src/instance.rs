@@ -1,16 +1,25 @@
 //! Which life of which container: ids, pids and namespace inodes are used again, all of them together are not.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::deadline::Deadline;
 use crate::error::usage;
 use crate::kernel::netns::{Namespace, NetnsId};
 use crate::kernel::sysctl::read_text;
 
 /// The longest container id that is taken; engines use 64 hexadecimal digits, LXC a file name.
 const ID_MAX: usize = 128;
+
+/// The process is exiting (kernel `include/linux/sched.h`); field 9 of `/proc/PID/stat`.
+const PF_EXITING: u32 = 4;
+
+/// How long a container may show no sign of dying after its hook has said that it has stopped: the moment between the
+/// kernel's taking up SIGKILL and its marking the process.
+const DYING_GRACE: Duration = Duration::from_millis(20);
 
 /// Who called us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -111,6 +120,20 @@ impl Instance {
         }
     }
 
+    /// Waits for the end of an instance that has been killed; false if it was not. Runtimes send SIGKILL and run their
+    /// poststop hooks without waiting for it to take effect.
+    pub fn is_gone_soon(&self, boot_id: &str, deadline: Deadline) -> bool {
+        let begin = Instant::now();
+        while self.is_alive(boot_id) {
+            let killed = self.pid.is_some_and(is_being_killed);
+            if deadline.over() || !killed && begin.elapsed() > DYING_GRACE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+
     /// Whether both are one life of one container. The path of the namespace does not matter: not every hook knows it.
     pub fn is_same_life(&self, other: &Self) -> bool {
         self.container == other.container
@@ -140,7 +163,7 @@ pub fn boot_id() -> Result<String> {
 /// What tells one process from another with the same pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
-    /// Neither a zombie nor dead.
+    /// Neither a zombie nor dead, nor on its way there.
     pub alive: bool,
     /// In clock ticks since boot.
     pub start_time: u64,
@@ -166,9 +189,21 @@ impl Process {
         // The command name may hold spaces and parentheses: what follows the last one is regular.
         let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
         let state = fields.next()?;
-        let start_time = fields.nth(18)?.parse().ok()?;
-        Some(Self { alive: !matches!(state, "Z" | "X" | "x"), start_time })
+        let flags: u32 = fields.nth(5)?.parse().ok()?;
+        let start_time = fields.nth(12)?.parse().ok()?;
+        Some(Self { alive: !matches!(state, "Z" | "X" | "x") && flags & PF_EXITING == 0, start_time })
     }
+}
+
+/// Whether SIGKILL is on its way to the process (`/proc/PID/status`, proc(5)).
+fn is_being_killed(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    };
+    let kill = 1 << (libc::SIGKILL - 1);
+    ["SigPnd:", "ShdPnd:"].into_iter().filter_map(pending).any(|signals| signals & kill != 0)
 }
 
 /// Opens the namespace of a process and makes sure that it is the process's all along.
@@ -193,7 +228,8 @@ mod tests {
 
     #[test]
     fn stat_with_a_hostile_name() {
-        let stat = format!("12 (a) S (b) ) R {} 4242 0", (0..18).map(|n| n.to_string()).collect::<Vec<_>>().join(" "));
+        let stat =
+            format!("12 (a) S (b) ) R {} 4242 0", (0..18).map(|_| "0".to_string()).collect::<Vec<_>>().join(" "));
         assert_eq!(Process::parse(&stat), Some(Process { alive: true, start_time: 4242 }));
         assert_eq!(Process::parse("12 (x) Z"), None);
         assert_eq!(Process::parse(""), None);
@@ -231,5 +267,24 @@ mod tests {
         assert!(!Instance { pid: None, ..live.clone() }.is_alive(&boot));
         let other = NetnsId { inode: live.netns.inode + 1, cookie: None };
         assert!(!Instance { netns: other, ..live }.is_alive(&boot));
+    }
+
+    #[test]
+    fn a_killed_instance_is_waited_for_and_a_living_one_is_not() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::read(child.id()).unwrap();
+        let instance = Instance {
+            container: ContainerId::new(Door::Command, "", "x").unwrap(),
+            boot_id: boot_id().unwrap(),
+            pid: Some(child.id()),
+            start_time: Some(process.start_time),
+            netns: NetnsId { inode: Namespace::own().unwrap().inode(), cookie: None },
+            netns_path: None,
+        };
+        let soon = Deadline::after(Duration::from_secs(5));
+        assert!(!instance.is_gone_soon(&instance.boot_id, soon));
+        child.kill().unwrap();
+        assert!(instance.is_gone_soon(&instance.boot_id, soon));
+        child.wait().unwrap();
     }
 }

@@ -39,6 +39,9 @@ pub fn release(container: &ContainerId, context: &Context, cause: Cause) -> Resu
     let key = container.key();
     let Some(seen) = ledger.record(&key)? else { return Ok(Done::Unknown) };
     let boot_id = instance::boot_id()?;
+    if cause == Cause::Hook && !seen.instance.is_gone_soon(&boot_id, context.deadline) {
+        return Ok(Done::Alive(Box::new(seen)));
+    }
     let claims: Vec<SettingKey> = seen.host_claims().cloned().collect();
     let locks = ledger.lock(&key, Some(&seen.instance.netns), &claims, context.deadline)?;
     // It may have changed before the locks were ours.
