@@ -9,7 +9,7 @@ use crate::error::refused;
 use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
-use crate::kernel::{self, Change, Kernel, RouteState};
+use crate::kernel::{self, Change, Kernel, RouteState, Seen};
 use crate::ledger::record::{Record, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
@@ -45,6 +45,7 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
             "it uses the host's own network namespace, which is not a container's to set up; host-namespace = \"allow\" in the policy would allow it",
         ));
     }
+    visit.look_before(call.request.settings().into_keys().cloned());
     // Before going in: in another user namespace nobody's files look like ours.
     let ledger = match dry_run {
         true => Ledger::open(&context.state_dir)?,
@@ -184,13 +185,14 @@ impl Work<'_> {
             _ => self.call.request.clone(),
         };
         let keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
-        let facts = self.kernel.facts(&keys)?;
+        let mut facts = self.kernel.facts(&keys)?;
         let siblings = match ledger {
             Some(ledger) => ledger.siblings(&container, &self.instance.netns, &self.instance.boot_id)?,
             None => Vec::new(),
         };
         let mut host = BTreeMap::new();
         let mut own_claims = BTreeMap::new();
+        let mut abandoned = Vec::new();
         if let Some(ledger) = ledger {
             for (key, seen) in &facts.settings {
                 if scope::of(key, facts.kind, &facts.release, seen) != Ok(ledger::record::Scope::Host)
@@ -208,10 +210,25 @@ impl Work<'_> {
                 let wanted = request.settings().get(key).map(|(_, value)| *value);
                 let as_wanted = seen.host.value().zip(wanted).is_some_and(|(a, b)| setting::same(key, a, b));
                 let setting = if as_wanted { page.read_value()? } else { page.read()? };
-                if let Some(setting) = setting {
-                    host.insert(key.clone(), self.host_setting(&setting));
+                let Some(setting) = setting else { continue };
+                if !as_wanted && setting.is_abandoned(&self.instance.boot_id) {
+                    abandoned.push((key.clone(), setting.original.clone()));
+                    continue;
                 }
+                host.insert(key.clone(), self.host_setting(&setting));
                 own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
+            }
+        }
+        // What dead containers left behind holds nobody from the moment that anybody looks.
+        for (key, original) in abandoned {
+            if let (Some(ledger), true) = (ledger, locked.is_some_and(|locked| locked.contains(&key))) {
+                let drifted =
+                    release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, std::slice::from_ref(&key))?;
+                ledger.record_conflicts(&drifted)?;
+                let again = self.kernel.facts(std::slice::from_ref(&key))?;
+                facts.settings.extend(again.settings);
+            } else if let Some(seen) = facts.settings.get_mut(&key) {
+                seen.host = Seen::Writable(original);
             }
         }
         let previous = record.clone().filter(|record| record.instance.netns == self.instance.netns);
@@ -369,14 +386,18 @@ impl Work<'_> {
         error: anyhow::Error,
     ) -> anyhow::Error {
         let mut failures = Vec::new();
+        let mut undone = Vec::new();
         for (number, step) in known.plan.steps.iter().enumerate().take(progress.begun).rev() {
             let Some(reverse) = &step.undo else { continue };
-            if let Err(failure) = self.kernel.perform(reverse) {
+            match self.kernel.perform(reverse) {
+                Ok(()) => undone.push(reverse),
                 // A change that failed may have changed nothing, and then there is nothing to reverse.
-                if number < progress.finished {
-                    failures.push(format!("cannot {reverse}: {failure:#}"));
-                }
+                Err(_) if number >= progress.finished => {}
+                Err(failure) => failures.push(format!("cannot {reverse}: {failure:#}")),
             }
+        }
+        if let Err(failure) = self.kernel.confirm(&undone) {
+            failures.push(format!("{failure:#}"));
         }
         let settle = || -> Result<()> {
             for claim in &known.plan.claims {

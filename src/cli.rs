@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use lexopt::Arg;
 
-use crate::error::usage;
+use crate::error::{shown, usage};
 use crate::request::{self, Rank, Source, What, Wish};
 
 /// What a person names.
@@ -340,7 +340,7 @@ impl Default for Read {
 
 impl Read {
     fn flag(&mut self, flag: &Flag, value: &str) -> Result<()> {
-        let shown = || format!("--{} {}", flag.long, value.escape_debug());
+        let said = || format!("--{} {}", flag.long, shown(value));
         let pair =
             || value.split_once('=').ok_or_else(|| format!("it has the form {}", flag.value.unwrap_or_default()));
         let wish = match flag.id {
@@ -374,16 +374,16 @@ impl Read {
             }
             Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
         };
-        let wish = wish.map_err(|e| usage(format!("{}: {e}", shown())))?;
+        let wish = wish.map_err(|e| usage(format!("{}: {e}", said())))?;
         let place = if self.rank == Rank::CommandLine { "the command line's" } else { "the hook argument" };
-        self.wishes.push(Wish::new(wish, Source::new(self.rank, format!("{place} {}", shown()))));
+        self.wishes.push(Wish::new(wish, Source::new(self.rank, format!("{place} {}", said()))));
         Ok(())
     }
 
     fn pid(&mut self, value: &str) -> Result<()> {
         match value.parse() {
             Ok(pid) if pid > 0 => self.set_target(Target::Pid(pid)),
-            _ => Err(usage(format!("--pid \"{}\" is not a process id", value.escape_debug()))),
+            _ => Err(usage(format!("--pid \"{}\" is not a process id", shown(value)))),
         }
     }
 
@@ -409,11 +409,7 @@ impl Read {
         }
         let name = if verb == Verb::Status { words.next() } else { None };
         if let Some(word) = words.next() {
-            return Err(usage(format!(
-                "unexpected argument \"{}\"; usage: {}",
-                word.escape_debug(),
-                describe(verb).usage
-            )));
+            return Err(usage(format!("unexpected argument \"{}\"; usage: {}", shown(&word), describe(verb).usage)));
         }
         let no_target = || usage("name the container: NAME (see mptcp-hook status), --pid PID or --netns PATH");
         Ok(match verb {
@@ -438,10 +434,10 @@ impl Read {
 fn find_flag(name: &str) -> Result<&'static Flag> {
     FLAGS.iter().find(|flag| flag.long == name).ok_or_else(|| {
         let known = FLAGS.iter().map(|flag| flag.long);
-        let shown = name.escape_debug();
-        usage(match request::nearest(name, known) {
-            Some(near) => format!("unknown option --{shown}; did you mean --{near}?"),
-            None => format!("unknown option --{shown}; see mptcp-hook --help"),
+        let name = shown(name);
+        usage(match request::nearest(&name, known) {
+            Some(near) => format!("unknown option --{name}; did you mean --{near}?"),
+            None => format!("unknown option --{name}; see mptcp-hook --help"),
         })
     })
 }
@@ -451,10 +447,10 @@ fn find_verb(word: &str) -> Result<Verb> {
         return Err(usage(format!("{word} is not in this version yet")));
     }
     VERBS.iter().find(|v| v.name == word).map(|v| v.verb).ok_or_else(|| {
-        let shown = word.escape_debug();
-        usage(match request::nearest(word, VERBS.map(|v| v.name)) {
-            Some(near) => format!("unknown verb \"{shown}\"; did you mean {near}?"),
-            None => format!("unknown verb \"{shown}\"; see mptcp-hook --help"),
+        let word = shown(word);
+        usage(match request::nearest(&word, VERBS.map(|v| v.name)) {
+            Some(near) => format!("unknown verb \"{word}\"; did you mean {near}?"),
+            None => format!("unknown verb \"{word}\"; see mptcp-hook --help"),
         })
     })
 }

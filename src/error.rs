@@ -35,6 +35,16 @@ pub fn refused(message: impl Into<String>) -> anyhow::Error {
     Refused(message.into()).into()
 }
 
+/// What somebody wrote, for a message: without control characters, and cut where it is long.
+pub fn shown(text: &str) -> String {
+    const LENGTH: usize = 80;
+    let mut shown: String = text.chars().take(LENGTH).flat_map(char::escape_debug).collect();
+    if text.chars().nth(LENGTH).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
 /// The exit status that stands for `error`.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
     if error.is::<Refused>() {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::deadline::Deadline;
-use crate::error::usage;
+use crate::error::{shown, usage};
 use crate::kernel::netns::{Namespace, NetnsId};
 use crate::kernel::sysctl::read_text;
 
@@ -58,15 +58,15 @@ pub struct ContainerId {
 impl ContainerId {
     /// Checks the id: it becomes part of a file name and of log lines.
     pub fn new(door: Door, engine: impl Into<String>, id: &str) -> Result<Self> {
-        let shown: String = id.chars().take(40).flat_map(char::escape_debug).collect();
+        let said = shown(id);
         if id.is_empty() || id.len() > ID_MAX {
             return Err(usage(format!(
-                "the container id \"{shown}\" has {} bytes; 1 to {ID_MAX} are allowed",
+                "the container id \"{said}\" has {} bytes; 1 to {ID_MAX} are allowed",
                 id.len()
             )));
         }
         if let Some(bad) = id.chars().find(|c| !(c.is_ascii_alphanumeric() || "_-.+@:".contains(*c))) {
-            return Err(usage(format!("the container id \"{shown}\" has the character {bad:?}")));
+            return Err(usage(format!("the container id \"{said}\" has the character {bad:?}")));
         }
         if id == "." || id == ".." {
             return Err(usage(format!("\"{id}\" is not a container id")));

@@ -95,17 +95,18 @@ impl Run {
         match action {
             Action::Print(_) => Ok(()),
             Action::Oci(wishes) => {
+                // The container's name first: whatever is wrong then, the message has it.
+                let state = stdin.unwrap_or_else(|| Ok(Vec::new())).and_then(|text| oci::parse(&text));
+                self.container = state.as_ref().ok().map(|state| state.id().into());
                 let context = self.hook_context(&globals)?;
-                let state = oci::parse(&stdin.unwrap_or_else(|| Ok(Vec::new()))?)?;
-                self.container = Some(state.id().into());
-                let call = state.into_call(wishes, &context.policy, &context.containers)?;
+                let call = state?.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context)
             }
             Action::Lxc(wishes, words) => {
+                let environment = lxc::Environment::read(variables, &words);
+                self.container = environment.as_ref().ok().map(|environment| environment.name().into());
                 let context = self.hook_context(&globals)?;
-                let environment = lxc::Environment::read(variables, &words)?;
-                self.container = Some(environment.name().into());
-                let call = environment.into_call(wishes, &context.policy, &context.containers)?;
+                let call = environment?.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context)
             }
             Action::Apply { target, wishes, dry_run, json } => {

@@ -281,6 +281,7 @@ pub fn give_up_claims(
                     kernel.confirm(&[&change])?;
                 }
                 page.set_value(key, &setting.original, back)?;
+                page.fulfil()?;
                 page.mark_overridden(&left, back)?;
             }
         }
@@ -290,7 +291,6 @@ pub fn give_up_claims(
         if left.is_empty() {
             page.forget()?;
         }
-        page.withdraw()?;
     }
     Ok(conflicts)
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::context::Context;
-use crate::error::usage;
+use crate::error::{shown, usage};
 use crate::instance::{self, Process};
 use crate::kernel::netns::{Visit, in_initial_user_namespace};
 use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
@@ -76,7 +76,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
     };
     let Some(ledger) = Ledger::open(&context.state_dir)? else {
         return match name {
-            Some(name) => Err(usage(format!("the ledger knows no container \"{}\": it is empty", name.escape_debug()))),
+            Some(name) => Err(usage(format!("the ledger knows no container \"{}\": it is empty", shown(name)))),
             None => Ok(status),
         };
     };

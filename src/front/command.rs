@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{Apply, ContainerFiles, Place};
 use crate::cli::Target;
-use crate::error::usage;
+use crate::error::{shown, usage};
 use crate::instance::{ContainerId, Door, Process};
 use crate::ledger::Ledger;
 use crate::ledger::record::Record;
@@ -128,11 +128,11 @@ pub fn find(ledger: Option<&Ledger>, name: &str) -> Result<Record> {
                 Some(near) => format!("did you mean {near}?"),
                 None => "see mptcp-hook status, or name it by --pid or --netns".into(),
             };
-            Err(usage(format!("the ledger knows no container \"{}\"; {hint}", name.escape_debug())))
+            Err(usage(format!("the ledger knows no container \"{}\"; {hint}", shown(name))))
         }
         several => {
             let ids: Vec<String> = several.iter().map(|record| record.instance.container.id.clone()).collect();
-            Err(usage(format!("\"{}\" could be any of {}; give the whole id", name.escape_debug(), ids.join(", "))))
+            Err(usage(format!("\"{}\" could be any of {}; give the whole id", shown(name), ids.join(", "))))
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{Apply, Call, ContainerFiles, Place};
-use crate::error::usage;
+use crate::error::{shown, usage};
 use crate::instance::{ContainerId, Door};
 use crate::policy::Policy;
 use crate::policy::container_file::Name;
@@ -49,7 +49,7 @@ impl Environment {
             [word, ..] => {
                 return Err(usage(format!(
                     "unexpected argument \"{}\" after the options; LXC appends NAME lxc TYPE in hook version 0 and nothing in version 1",
-                    word.escape_debug()
+                    shown(word)
                 )));
             }
         };
@@ -80,7 +80,7 @@ impl Environment {
             other => {
                 return Err(usage(format!(
                     "lxc.hook.{} is not a place for this hook; use lxc.hook.start-host and lxc.hook.post-stop",
-                    other.escape_debug()
+                    shown(other)
                 )));
             }
         }
@@ -97,7 +97,7 @@ impl Environment {
         request.extend(policy.defaults.iter().cloned())?;
         let pid = match self.pid.as_deref().map(str::parse::<u32>) {
             Some(Ok(pid)) if pid > 0 => pid,
-            Some(_) => return Err(usage(format!("LXC_PID is \"{}\"", self.pid.unwrap_or_default().escape_debug()))),
+            Some(_) => return Err(usage(format!("LXC_PID is \"{}\"", shown(&self.pid.unwrap_or_default())))),
             None => return Err(usage("LXC_PID is not set; LXC sets it for lxc.hook.start-host")),
         };
         let place = Place::Process(pid);

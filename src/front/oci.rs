@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::{ContainerState, State};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::bundle::Bundle;
 use super::{Apply, Call, ContainerFiles, Place};
@@ -66,6 +68,14 @@ pub fn parse(text: &[u8]) -> Result<Checked> {
     }
     let state: State = serde_json::from_slice(text)
         .map_err(|e| usage(format!("the state on standard input is not the OCI runtime-spec's: {e}")))?;
+    // The library takes a state without status for a stopped one.
+    #[derive(Deserialize)]
+    struct Required {
+        status: Option<IgnoredAny>,
+    }
+    if serde_json::from_slice::<Required>(text).is_ok_and(|required| required.status.is_none()) {
+        return Err(usage("the state on standard input has no status"));
+    }
     if state.id().is_empty() {
         return Err(usage("the state on standard input has no id"));
     }
@@ -180,7 +190,8 @@ mod tests {
     fn states_that_are_none() {
         assert!(error("").contains("empty"));
         assert!(error("  \n").contains("empty"));
-        assert!(error("{}").contains("no id"));
+        assert!(error("{}").contains("no status"));
+        assert!(error(r#"{"status":"created"}"#).contains("no id"));
         assert!(error(r#"{"id":"a","status":"creating","#).contains("runtime-spec"));
         assert!(error(&" ".repeat(STATE_MAX).replacen(' ', "{", 1)).contains("runtime-spec"));
         assert!(error(&"x".repeat(STATE_MAX + 1)).contains("larger"));

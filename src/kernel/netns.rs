@@ -1,5 +1,6 @@
 //! Network namespaces: which one it is, going in, coming back.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -9,6 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
+
+use super::{Seen, sysctl};
+use crate::request::setting::SettingKey;
 
 /// The inode number of the initial user namespace (`PROC_USER_INIT_INO`, kernel `include/linux/proc_ns.h`).
 const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
@@ -80,8 +84,10 @@ pub struct Visit {
     /// The process that owns the namespace, for its user namespace.
     pid: Option<u32>,
     inside: bool,
-    /// After joining another user namespace there is no way back.
+    /// There is no way back: after joining another user namespace, or out of a rootless engine's.
     one_way: bool,
+    /// What was seen outside before going in, where there is no way back.
+    seen_outside: BTreeMap<SettingKey, Seen>,
 }
 
 impl Visit {
@@ -89,12 +95,15 @@ impl Visit {
     pub fn to(target: Namespace, pid: Option<u32>) -> Result<Self> {
         let host = Namespace::own()?;
         let inside = host.inode == target.inode;
-        Ok(Self { host: Some(host), target, pid, inside, one_way: false })
+        // The host's namespace belongs to the initial user namespace, and only its root may enter it.
+        let one_way = !inside && !in_initial_user_namespace();
+        Ok(Self { host: Some(host), target, pid, inside, one_way, seen_outside: BTreeMap::new() })
     }
 
     /// A visit that begins and ends inside: the host's namespace is out of reach (createContainer).
     pub fn already_inside() -> Result<Self> {
-        Ok(Self { host: None, target: Namespace::own()?, pid: None, inside: true, one_way: true })
+        let target = Namespace::own()?;
+        Ok(Self { host: None, target, pid: None, inside: true, one_way: true, seen_outside: BTreeMap::new() })
     }
 
     /// Whether host-wide values can be read and written, now or after coming back.
@@ -110,6 +119,19 @@ impl Visit {
     /// The target's inode number.
     pub fn inode(&self) -> u64 {
         self.target.inode
+    }
+
+    /// Looks at the settings from outside, for a visit from which there may be no way back.
+    pub fn look_before(&mut self, keys: impl Iterator<Item = SettingKey>) {
+        let returns = in_initial_user_namespace() && nix::unistd::geteuid().is_root();
+        if !self.inside && !returns {
+            self.seen_outside = keys.map(|key| (key.clone(), sysctl::look(&key))).collect();
+        }
+    }
+
+    /// What was seen of a setting before going in.
+    pub fn seen_outside(&self, key: &SettingKey) -> Seen {
+        self.seen_outside.get(key).cloned().unwrap_or_default()
     }
 
     /// Goes in.

@@ -55,6 +55,9 @@ pub fn look_around(visit: &mut Visit, keys: &[SettingKey]) -> Result<BTreeMap<Se
     visit.inside()?;
     for key in keys {
         let entry = settings.entry(key.clone()).or_default();
+        if !visit.host_reachable() {
+            entry.host = visit.seen_outside(key);
+        }
         match key {
             SettingKey::Sysctl(_) => entry.target = look(key),
             // One for the kernel, whatever namespace looks at it.
@@ -82,7 +85,8 @@ fn write(key: &SettingKey, value: &str) -> Result<()> {
         .open(&path)
         .map_err(|e| explain(e, key))
         .with_context(attempt)?;
-    // One write: the kernel takes each as a whole value.
+    // One write: the kernel takes each as a whole value. An empty one has to have a line's end, or nothing is written.
+    let value = if value.is_empty() { "\n" } else { value };
     let written = file.write(value.as_bytes()).map_err(|e| explain(e, key)).with_context(attempt)?;
     if written != value.len() {
         bail!("{}: the kernel took {written} of {} bytes", attempt(), value.len());

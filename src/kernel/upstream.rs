@@ -102,7 +102,8 @@ impl Kernel for Upstream {
                     // Deleted and added again with other flags is what was asked for.
                     let added =
                         changes.iter().any(|c| matches!(c, Change::AddEndpoint(e) if e.address == gone.address));
-                    if !added && endpoints.iter().any(|e| e.address == gone.address && e.id == gone.id) {
+                    let same = |e: &Endpoint| e.address == gone.address && (gone.id == 0 || e.id == gone.id);
+                    if !added && endpoints.iter().any(same) {
                         bail!("the endpoint {} was deleted and is still there", gone.address);
                     }
                 }

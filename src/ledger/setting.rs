@@ -206,10 +206,12 @@ impl Page {
             time: nanoseconds(),
             overridden: false,
         })?;
-        if claim.written.is_some() {
-            files::remove(&self.directory.join("intent"))?;
-        }
-        Ok(())
+        if claim.written.is_some() { self.fulfil() } else { Ok(()) }
+    }
+
+    /// Strikes the intent of a write that is done and set down: from now on the value's file alone speaks.
+    pub fn fulfil(&self) -> Result<()> {
+        files::remove(&self.directory.join("intent"))
     }
 
     /// Takes back what [`Page::enter`] may have written: the kernel has its former value again. `before` is the
@@ -280,6 +282,11 @@ fn nanoseconds() -> u64 {
 }
 
 impl Setting {
+    /// Whether nobody who has a claim is alive.
+    pub fn is_abandoned(&self, boot_id: &str) -> bool {
+        !self.claims.iter().any(|claim| claim.instance.is_alive(boot_id))
+    }
+
     /// Whether `value` is the setting's.
     pub fn is(&self, value: &str) -> bool {
         setting::same(&self.key, &self.value, value)

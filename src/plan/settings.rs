@@ -210,7 +210,8 @@ fn netns(draft: &mut Draft, case: &Case) -> Result<()> {
         .filter(|(_, own)| !setting::same(&case.key, &own.value, &case.value))
         .map(|(id, own)| (id, own.value.clone()))
         .collect();
-    let mut outcome = if equal && relied_on(true).next().is_some() { Outcome::Shared } else { Outcome::Applied };
+    let first = if equal && relied_on(true).next().is_some() { Outcome::Shared } else { Outcome::Applied };
+    let mut outcome = outcome_before(draft, case).filter(|_| equal).unwrap_or(first);
     if let Some((_, kept)) = holders.first() {
         let ids: Vec<String> = holders.iter().map(|(id, _)| id.clone()).collect();
         let reason = format!("{}, and {} in the same network namespace rely on {kept}", case.says(), ids.join(", "));
@@ -267,6 +268,9 @@ fn not_allowed(draft: &mut Draft, case: &Case, present: &str, reason: String) {
 fn host(draft: &mut Draft, case: &Case) -> Result<()> {
     let input = draft.input;
     let facts = input.facts;
+    if !facts.initial_user_namespace {
+        return host_of_user_namespace(draft, case);
+    }
     if !facts.host_reachable && case.key.sysctl_path().is_some() {
         return host_out_of_reach(draft, case);
     }
@@ -276,40 +280,29 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
     }
     let nobody = HostSetting { original: actual.clone(), value: actual.clone(), ..HostSetting::default() };
     let page = input.host.get(&case.key).unwrap_or(&nobody);
+    // Somebody else's later change is what there was before ours.
     let is_ours = setting::same(&case.key, &actual, &page.value);
-    let claimed_before =
-        input.previous.is_some_and(|record| record.settings.iter().any(|own| own.key == case.key && own.claimed));
-    // What dead containers left behind holds nobody: judge as if it had been put back already, unless it is as wished.
-    let as_wished = setting::same(&case.key, &actual, &case.value);
-    let abandoned = is_ours && page.claims.is_empty() && !claimed_before && !as_wished;
-    let effective = if abandoned { page.original.clone() } else { actual.clone() };
     let original = if is_ours { page.original.clone() } else { actual.clone() };
-    let equal = setting::same(&case.key, &effective, &case.value);
+    let equal = setting::same(&case.key, &actual, &case.value);
     let allowed = input.policy.allows_setting(&case.wish.source, &case.key, &case.value, Scope::Host);
 
-    let mut outcome = Outcome::Shared;
+    let mut outcome;
     let mut overridden = Vec::new();
     if equal {
-        if allowed.is_err() || !facts.initial_user_namespace {
+        if allowed.is_err() {
             // It is as asked; nobody is held back by it.
             draft.plan.settings.push(case.owned(Scope::Host, Outcome::Shared, None, false));
             return Ok(());
         }
+        // Asked again, it is still this container that changed it.
+        outcome = outcome_before(draft, case).unwrap_or(Outcome::Shared);
     } else {
-        let refusal = if !facts.initial_user_namespace {
-            Some(format!(
-                "{}: it is {effective} for the whole host, which a container in a user namespace cannot change",
-                case.says()
-            ))
-        } else {
-            allowed.err()
-        };
         let holders: Vec<_> =
             page.claims.iter().filter(|claim| !setting::same(&case.key, &claim.value, &case.value)).collect();
         let ids: Vec<String> = holders.iter().map(|holder| holder.id.clone()).collect();
-        let clash = match (&refusal, holders.first()) {
-            (Some(reason), _) => Some((reason.clone(), false)),
-            (None, Some(first)) => Some((
+        let clash = match (allowed, holders.first()) {
+            (Err(reason), _) => Some((reason, false)),
+            (Ok(()), Some(first)) => Some((
                 format!(
                     "{} for the whole host, and {} relied on by {}",
                     case.says(),
@@ -318,14 +311,14 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
                 ),
                 true,
             )),
-            (None, None) => None,
+            (Ok(()), None) => None,
         };
         outcome = Outcome::Applied;
         if let Some((reason, can_override)) = clash {
             let decided = draft.clash(Clash {
                 key: case.key.to_string(),
                 wanted: case.value.clone(),
-                kept: effective.clone(),
+                kept: actual.clone(),
                 holders: ids,
                 reason,
                 can_override,
@@ -338,14 +331,15 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
             }
             outcome = Outcome::Overrode;
             overridden = holders.iter().map(|holder| holder.container.clone()).collect();
-        } else {
-            draft.warn(format!(
-                "{} = {} changes the whole host (it was {})",
-                case.key,
-                setting::describe(&case.key, &case.value),
-                setting::describe(&case.key, &effective)
-            ));
         }
+    }
+    if outcome == Outcome::Applied {
+        draft.warn(format!(
+            "{} = {} changes the whole host (it was {})",
+            case.key,
+            setting::describe(&case.key, &case.value),
+            setting::describe(&case.key, &original)
+        ));
     }
     let mut written = None;
     if !setting::same(&case.key, &actual, &case.value) {
@@ -368,6 +362,32 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
         overridden,
         dead: page.dead.clone(),
     });
+    Ok(())
+}
+
+/// What became of the same wish when this container asked before.
+fn outcome_before(draft: &Draft, case: &Case) -> Option<Outcome> {
+    let settings = &draft.input.previous?.settings;
+    let same =
+        |own: &&OwnedSetting| own.claimed && own.key == case.key && setting::same(&own.key, &own.value, &case.value);
+    settings.iter().find(same).map(|own| own.outcome)
+}
+
+/// In a user namespace the host's values can be looked at and not changed.
+fn host_of_user_namespace(draft: &mut Draft, case: &Case) -> Result<()> {
+    let seen = if case.seen.host == Seen::Absent { &case.seen.target } else { &case.seen.host };
+    let actual = present(case, seen)?.to_string();
+    let equal = setting::same(&case.key, &actual, &case.value);
+    if !equal {
+        let reason = format!(
+            "{}: it is {} for the whole host, which a hook in a user namespace cannot change",
+            case.says(),
+            setting::describe(&case.key, &actual)
+        );
+        not_allowed(draft, case, &actual, reason);
+    }
+    let outcome = if equal { Outcome::Shared } else { Outcome::Kept };
+    draft.plan.settings.push(case.owned(Scope::Host, outcome, None, false));
     Ok(())
 }
 

@@ -4,6 +4,8 @@
 use std::os::unix::net::UnixDatagram;
 
 const JOURNAL: &str = "/run/systemd/journal/socket";
+/// The longest message, in characters.
+const LENGTH_MAX: usize = 2000;
 const SYSLOG: &str = "/dev/log";
 
 /// How much it matters (syslog(3)).
@@ -46,9 +48,9 @@ fn journal_fields(priority: Priority, container: Option<&str>, message: &str) ->
     fields.into_bytes()
 }
 
-/// A message on one line, whatever a container's author put into it.
+/// A message on one line and of a length that people read, whatever a container's author put into it.
 pub fn one_line(message: &str) -> String {
-    message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    message.chars().take(LENGTH_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

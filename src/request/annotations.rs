@@ -1,5 +1,7 @@
 //! Annotations under `mptcp-hook/`: the container author's wishes.
 
+use crate::error::shown;
+
 use super::{Rank, Source, What, Wish};
 
 /// The prefix of every annotation that is ours.
@@ -30,11 +32,11 @@ pub fn wishes<'a>(annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> 
     for (key, value) in sorted {
         let Some((prefix, name)) = key.split_once('/') else { continue };
         if prefix == PREFIX {
-            let source = Source::new(Rank::Annotation, format!("annotation {}", key.escape_debug()));
-            let asked = annotation(name, value).map_err(|e| format!("annotation {}: {e}", key.escape_debug()))?;
+            let source = Source::new(Rank::Annotation, format!("annotation {}", shown(key)));
+            let asked = annotation(name, value).map_err(|e| format!("annotation {}: {e}", shown(key)))?;
             wishes.extend(asked.into_iter().map(|what| Wish::new(what, source.clone())));
         } else if super::distance(&prefix.to_ascii_lowercase(), PREFIX) <= 2 {
-            return Err(format!("annotation {}: did you mean {PREFIX}/{}?", key.escape_debug(), name.escape_debug()));
+            return Err(format!("annotation {}: did you mean {PREFIX}/{}?", shown(key), shown(name)));
         }
     }
     Ok(wishes)
@@ -84,7 +86,7 @@ fn list(value: &str, form: &str, item: fn(&str, &str) -> Result<What, String>) -
         .filter(|part| !part.trim().is_empty())
         .map(|part| match part.split_once('=') {
             Some((key, value)) => item(key.trim(), value.trim()),
-            None => Err(format!("\"{}\" is not {form}", part.trim().escape_debug())),
+            None => Err(format!("\"{}\" is not {form}", shown(part.trim()))),
         })
         .collect()
 }

@@ -10,7 +10,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::usage;
+use crate::error::{shown, usage};
 use flags::InterfaceFlags;
 use pattern::Pattern;
 use setting::SettingKey;
@@ -114,7 +114,7 @@ impl std::str::FromStr for OnConflict {
             "refuse" => Ok(Self::Refuse),
             "warn" => Ok(Self::Warn),
             "override" => Ok(Self::Override),
-            _ => Err(format!("\"{}\" is not refuse, warn or override", text.escape_debug())),
+            _ => Err(format!("\"{}\" is not refuse, warn or override", shown(text))),
         }
     }
 }
@@ -374,7 +374,7 @@ pub fn limit(name: &str, value: &str) -> Result<What, String> {
         Some(n) if (0..=LIMIT_MAX.into()).contains(&n) => Ok(What::Limit(which, n as u32)),
         _ => Err(format!(
             "limit {which}=\"{}\" is not a number from 0 to {LIMIT_MAX} (the kernel's maximum)",
-            value.escape_debug()
+            shown(value)
         )),
     }
 }
@@ -408,7 +408,7 @@ pub fn module(key: &str, value: &str) -> Result<What, String> {
 /// Reads the name to show.
 pub fn name(text: &str) -> Result<What, String> {
     if text.is_empty() || text.len() > 200 || text.chars().any(|c| c.is_control() || c == '/') {
-        return Err(format!("name \"{}\" is empty, too long, or has a / or control character", text.escape_debug()));
+        return Err(format!("name \"{}\" is empty, too long, or has a / or control character", shown(text)));
     }
     Ok(What::Name(text.into()))
 }
@@ -420,16 +420,16 @@ pub fn not_built_yet(option: &str, value: &str, built: &str, known: &[&str]) -> 
     } else if known.contains(&value) {
         Err(format!("{option}={value} is not in this version yet; it knows only {option}={built}"))
     } else {
-        Err(format!("{option}=\"{}\" is not one of {}", value.escape_debug(), known.join(", ")))
+        Err(format!("{option}=\"{}\" is not one of {}", shown(value), known.join(", ")))
     }
 }
 
 /// "unknown THING" with the nearest known one.
 pub fn unknown<const N: usize>(thing: &str, word: &str, known: [&str; N]) -> String {
-    let word_shown = word.escape_debug();
+    let said = shown(word);
     match nearest(word, known) {
-        Some(near) => format!("unknown {thing} \"{word_shown}\"; did you mean {near}?"),
-        None => format!("unknown {thing} \"{word_shown}\"; known are {}", known.join(", ")),
+        Some(near) => format!("unknown {thing} \"{said}\"; did you mean {near}?"),
+        None => format!("unknown {thing} \"{said}\"; known are {}", known.join(", ")),
     }
 }
 

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::shown;
+
 /// `IFNAMSIZ` less the terminating zero.
 const NAME_MAX: usize = 15;
 
@@ -68,15 +70,15 @@ impl FromStr for Pattern {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let pattern = Self(text.into());
-        let shown = text.escape_debug();
+        let said = shown(text);
         if text.is_empty() || text == "." || text == ".." {
-            return Err(format!("\"{shown}\" is not an interface name"));
+            return Err(format!("\"{said}\" is not an interface name"));
         }
         if let Some(bad) = text.chars().find(|c| c.is_whitespace() || c.is_control() || "/:=,;".contains(*c)) {
-            return Err(format!("interface name \"{shown}\" has the character {bad:?}"));
+            return Err(format!("interface name \"{said}\" has the character {bad:?}"));
         }
         if pattern.is_exact() && text.len() > NAME_MAX || text.len() > 2 * NAME_MAX {
-            return Err(format!("interface name \"{shown}\" is longer than {NAME_MAX} bytes"));
+            return Err(format!("interface name \"{said}\" is longer than {NAME_MAX} bytes"));
         }
         if text == "lo" {
             return Err("lo is the loopback interface, which MPTCP never uses as a path".into());

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::shown;
+
 /// The longest value that is passed on; the kernel's own buffers for these files are one page.
 const VALUE_MAX: usize = 4096;
 
@@ -38,10 +40,10 @@ impl SettingKey {
         };
         let parts: Vec<&str> = path.split('/').collect();
         if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
-            return Err(format!("sysctl key \"{}\" has an empty, \".\" or \"..\" part", key.escape_debug()));
+            return Err(format!("sysctl key \"{}\" has an empty, \".\" or \"..\" part", shown(key)));
         }
         if let Some(bad) = path.chars().find(|c| !(c.is_ascii_alphanumeric() || "_-.:@/".contains(*c))) {
-            return Err(format!("sysctl key \"{}\" has the character {bad:?}", key.escape_debug()));
+            return Err(format!("sysctl key \"{}\" has the character {bad:?}", shown(key)));
         }
         if path.len() > 255 {
             return Err("the sysctl key is longer than 255 characters".into());
@@ -76,7 +78,7 @@ impl SettingKey {
                     ))
                 }
             }
-            _ => Err(format!("\"{}\" is not MODULE.PARAM, such as mptcp_fullmesh.num_subflows", key.escape_debug())),
+            _ => Err(format!("\"{}\" is not MODULE.PARAM, such as mptcp_fullmesh.num_subflows", shown(key))),
         }
     }
 
@@ -131,7 +133,7 @@ pub fn value(key: &SettingKey, text: &str) -> Result<String, String> {
         return Err(format!("the value for {key} is longer than {VALUE_MAX} bytes"));
     }
     if text.chars().any(|c| c.is_control() && c != '\t') {
-        return Err(format!("the value \"{}\" for {key} has a line break or control character", text.escape_debug()));
+        return Err(format!("the value \"{}\" for {key} has a line break or control character", shown(text)));
     }
     let folded = fold(text);
     if folded.is_empty() {
