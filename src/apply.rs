@@ -59,13 +59,14 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
         netns: visit.id()?,
         netns_path: call.netns_path.clone(),
     };
+    let kind = kernel::Kind::detect();
     let Some(kernel) = kernel::open(visit, context.deadline)? else {
         bail!(
             "this kernel ({}) has no MPTCP: neither net.mptcp.enabled nor /proc/net/mptcp_net is there",
             kernel::release()
         );
     };
-    let work = Work { call, context, instance, kernel };
+    let work = Work { call, context, instance, kernel, kind };
     match ledger {
         Some(ledger) if !dry_run => work.run(&ledger),
         ledger => work.only_plan(ledger.as_ref()),
@@ -97,6 +98,7 @@ struct Work<'a> {
     context: &'a Context,
     instance: Instance,
     kernel: Box<dyn Kernel>,
+    kind: kernel::Kind,
 }
 
 /// How far the steps have come.
@@ -148,8 +150,8 @@ impl Work<'_> {
 
     /// The settings that may be the host's, before anything was read.
     fn host_keys(&self, record: Option<&Record>) -> Vec<SettingKey> {
-        let kind = kernel::Kind::detect();
-        let asked = self.call.request.settings().into_keys().filter(|key| scope::may_be_host(key, kind)).cloned();
+        let may_be_host = |key: &&SettingKey| scope::may_be_host(key, self.kind);
+        let asked = self.call.request.settings().into_keys().filter(may_be_host).cloned();
         let before = record.into_iter().flat_map(Record::host_claims).cloned();
         let mut keys: Vec<SettingKey> = asked.chain(before).collect();
         keys.sort();
@@ -440,3 +442,7 @@ impl Work<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "apply_tests.rs"]
+mod tests;

@@ -5,10 +5,12 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use crate::context::Context;
+use crate::deadline::Deadline;
 use crate::instance::{self, ContainerId, Instance};
 use crate::kernel::netns::{Namespace, Visit};
 use crate::kernel::{self, Change, Endpoint, Facts, Kernel, Limits};
 use crate::ledger::record::{Conflict, ConflictOutcome, OwnedEndpoint, Record, Scope};
+use crate::ledger::setting::Claim;
 use crate::ledger::{self, Ledger, Locks};
 use crate::request::setting::{self, SettingKey};
 
@@ -33,8 +35,23 @@ pub enum Done {
     Released(Box<Record>, Vec<String>),
 }
 
+/// The kernel, to undo things with.
+pub(crate) struct Reach {
+    pub(crate) kernel: Box<dyn Kernel>,
+    /// Whether it is seen from the container's namespace. If that is gone, only the host's values are left to undo.
+    pub(crate) inside: bool,
+}
+
+/// Finds the kernel for a record and the records of its siblings. None if there is nothing to undo with it.
+pub(crate) type Find<'a> = &'a dyn Fn(&Record, &[Record]) -> Result<Option<Reach>>;
+
 /// Lets one container go.
 pub fn release(container: &ContainerId, context: &Context, cause: Cause) -> Result<Done> {
+    release_by(container, context, cause, &|record, siblings| reach(record, siblings, context.deadline))
+}
+
+/// Lets one container go by the kernel that `find` finds.
+pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Cause, find: Find) -> Result<Done> {
     let Some(ledger) = Ledger::open(&context.state_dir)? else { return Ok(Done::Unknown) };
     let key = container.key();
     let Some(seen) = ledger.record(&key)? else { return Ok(Done::Unknown) };
@@ -48,12 +65,12 @@ pub fn release(container: &ContainerId, context: &Context, cause: Cause) -> Resu
     let Some(record) = ledger.record(&key)? else { return Ok(Done::Unknown) };
     if record.instance != seen.instance || !record.host_claims().eq(claims.iter()) {
         drop(locks);
-        return release(container, context, cause);
+        return release_by(container, context, cause, find);
     }
     if cause != Cause::Person && record.instance.is_alive(&boot_id) {
         return Ok(Done::Alive(Box::new(record)));
     }
-    let notes = let_go(&ledger, &locks, &record, context, &boot_id)?;
+    let notes = let_go(&ledger, &locks, &record, &boot_id, find)?;
     Ok(Done::Released(Box::new(record), notes))
 }
 
@@ -72,13 +89,12 @@ pub fn stale(context: &Context) -> Result<Vec<Result<Done>>> {
     Ok(done)
 }
 
-fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, context: &Context, boot_id: &str) -> Result<Vec<String>> {
+fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: Find) -> Result<Vec<String>> {
     let key = record.instance.container.key();
     let siblings = ledger.siblings(&key, &record.instance.netns, boot_id)?;
     let mut conflicts = Vec::new();
-    let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
-    if let Some(visit) = find_namespace(record, &siblings, boot_id)? {
-        if let Some(mut kernel) = kernel::open(visit, context.deadline)? {
+    if let Some(Reach { mut kernel, inside }) = find(record, &siblings)? {
+        if inside {
             let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
             let facts = kernel.facts(&keys)?;
             let changes = undo_in_namespace(record, &siblings, &facts, &mut conflicts);
@@ -86,18 +102,24 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, context: &Context, bo
                 kernel.perform(change)?;
             }
             kernel.confirm(&changes.iter().collect::<Vec<_>>())?;
-            conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
         }
-    } else if !claims.is_empty() {
-        let home = Visit::to(Namespace::own()?, None)?;
-        if let Some(mut kernel) = kernel::open(home, context.deadline)? {
-            conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
-        }
+        let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
+        conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
     }
     ledger.record_conflicts(&conflicts)?;
     ledger.remove_record(record)?;
     ledger.discard_locks(locks, &key, &record.instance.netns)?;
     Ok(conflicts.into_iter().map(|conflict| conflict.reason).collect())
+}
+
+/// The kernel, seen from the container's namespace while that is there, else from our own if the host's values matter.
+fn reach(record: &Record, siblings: &[Record], deadline: Deadline) -> Result<Option<Reach>> {
+    let (visit, inside) = match find_namespace(record, siblings, &instance::boot_id()?)? {
+        Some(visit) => (visit, true),
+        None if record.host_claims().next().is_none() => return Ok(None),
+        None => (Visit::to(Namespace::own()?, None)?, false),
+    };
+    Ok(kernel::open(visit, deadline)?.map(|kernel| Reach { kernel, inside }))
 }
 
 /// The container's namespace, if it is still there: by its own process, by a sibling's, or by its path.
@@ -264,6 +286,14 @@ pub fn give_up_claims(
         if let Some(actual) = actual {
             page.recover(actual)?;
         }
+        let relies_on_it = |claim: &Claim| {
+            actual.is_some_and(|actual| setting::same(key, &claim.value, actual)) && claim.instance.is_alive(&boot_id)
+        };
+        let in_force = page.read_value()?.is_some_and(|setting| actual.is_some_and(|actual| setting.is(actual)));
+        if in_force && page.any_other_claim(&own, relies_on_it)? {
+            page.unclaim(&own)?;
+            continue;
+        }
         let Some(setting) = page.read()? else { continue };
         let (left, struck): (Vec<_>, Vec<_>) = setting
             .claims
@@ -272,7 +302,7 @@ pub fn give_up_claims(
         if let Some(actual) = actual {
             if !setting.is(actual) {
                 conflicts.push(drift(instance, key, &setting.value, actual));
-            } else if !left.iter().any(|claim| setting::same(key, &claim.value, actual)) {
+            } else {
                 let back = left.last().map_or(&setting.original, |claim| &claim.value);
                 if !setting::same(key, back, actual) {
                     page.intend(instance, key, actual, back)?;

@@ -3,6 +3,8 @@
 //! [`upstream`] is Linux's own MPTCP, [`mptcp_org`] the out-of-tree kernel of multipath-tcp.org. Both work inside the
 //! container's network namespace ([`netns`]); settings are plain files ([`sysctl`]).
 
+#[cfg(test)]
+pub mod fake;
 pub mod mptcp_org;
 pub mod netlink;
 pub mod netns;

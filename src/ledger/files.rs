@@ -9,6 +9,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::kernel::netns::in_initial_user_namespace;
+
 /// No file of ours is near this.
 const READ_MAX: u64 = 1024 * 1024;
 
@@ -102,22 +104,23 @@ pub fn make_directory(path: &Path) -> Result<()> {
 
 /// The names in a directory, sorted, temporary files left out. A directory that is not there is empty.
 pub fn names(path: &Path) -> Result<Vec<String>> {
-    let entries = match std::fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).with_context(|| format!("cannot list {}", path.display())),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.with_context(|| format!("cannot list {}", path.display()))?;
-        if let Ok(name) = entry.file_name().into_string() {
-            if !name.starts_with(TEMPORARY) {
-                names.push(name);
-            }
-        }
-    }
+    let mut names = each_name(path)?.collect::<Result<Vec<String>>>()?;
     names.sort_unstable();
     Ok(names)
+}
+
+/// The same one by one, in no order.
+pub fn each_name(path: &Path) -> Result<impl Iterator<Item = Result<String>>> {
+    let attempt = || format!("cannot list {}", path.display());
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => Some(entries),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).with_context(attempt),
+    };
+    Ok(entries.into_iter().flatten().filter_map(move |entry| match entry.with_context(attempt) {
+        Ok(entry) => entry.file_name().into_string().ok().filter(|name| !name.starts_with(TEMPORARY)).map(Ok),
+        Err(error) => Some(Err(error)),
+    }))
 }
 
 /// Checks that a state directory is safe to use: ours, closed to others, reached by no symbolic link, and below
@@ -156,8 +159,21 @@ pub fn check_state_directory(path: &Path) -> Result<bool> {
                     metadata.mode() & 0o7777
                 );
             }
-        } else if metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0 {
-            bail!("{shown}, above the state directory, can be written by others (mode {:o})", metadata.mode() & 0o7777);
+            continue;
+        }
+        if metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0 {
+            bail!(
+                "{shown}, above the state directory, can be written by others (mode {:o}); chmod go-w it or use another",
+                metadata.mode() & 0o7777
+            );
+        }
+        // In a user namespace the host's root is nobody we know.
+        let is_safe = [me, 0].contains(&metadata.uid()) || !in_initial_user_namespace();
+        if !is_safe {
+            bail!(
+                "{shown}, above the state directory, belongs to uid {}, who could put another in its place; chown it or use another",
+                metadata.uid()
+            );
         }
     }
     Ok(true)

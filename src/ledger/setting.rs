@@ -232,6 +232,23 @@ impl Page {
         self.withdraw()
     }
 
+    /// Whether a claim of another container passes the test. It stops at the first, so that leaving a setting that many
+    /// rely on costs as little as entering it.
+    pub fn any_other_claim(&self, container: &str, test: impl Fn(&Claim) -> bool) -> Result<bool> {
+        let claims = self.directory.join("claims");
+        for name in files::each_name(&claims)? {
+            let name = name?;
+            if name != container {
+                if let Some(claim) = files::read::<Claim>(&claims.join(&name))? {
+                    if test(&claim) {
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
     /// A container's claim.
     pub fn claim_of(&self, container: &str) -> Result<Option<Claim>> {
         files::read(&self.directory.join("claims").join(container))
