@@ -134,7 +134,7 @@ impl Work<'_> {
             let known = match self.plan(Some(ledger), Some(&keys)) {
                 Ok(known) => known,
                 Err(error) => {
-                    self.forget_locks(ledger, &locks);
+                    self.forget_locks(ledger, &locks, &keys);
                     return Err(error);
                 }
             };
@@ -145,7 +145,7 @@ impl Work<'_> {
             drop(locks);
             keys.extend(missing);
         };
-        self.carry_out(ledger, &locks, known)
+        self.carry_out(ledger, &locks, &keys, known)
     }
 
     /// The settings that may be the host's, before anything was read.
@@ -271,8 +271,9 @@ impl Work<'_> {
 
     /// Removes the locks' files of a container that the ledger does not get to know. They are only names: if they
     /// cannot be removed, they lie there.
-    fn forget_locks(&self, ledger: &Ledger, locks: &Locks) {
+    fn forget_locks(&self, ledger: &Ledger, locks: &Locks, keys: &[SettingKey]) {
         let container = self.instance.container.key();
+        let _ = ledger.discard_setting_locks(locks, keys);
         if matches!(ledger.record(&container), Ok(None)) {
             let _ = ledger.discard_locks(locks, &container, &self.instance.netns);
         }
@@ -299,10 +300,10 @@ impl Work<'_> {
         }
     }
 
-    fn carry_out(mut self, ledger: &Ledger, locks: &Locks, known: Known) -> Result<Done> {
+    fn carry_out(mut self, ledger: &Ledger, locks: &Locks, keys: &[SettingKey], known: Known) -> Result<Done> {
         if let Some(reason) = known.plan.refusal() {
             ledger.record_conflicts(&known.plan.conflicts)?;
-            self.forget_locks(ledger, locks);
+            self.forget_locks(ledger, locks, keys);
             return Err(refused(reason));
         }
         if known.plan.steps.is_empty() {
@@ -322,7 +323,11 @@ impl Work<'_> {
                 ledger.record_conflicts(&known.plan.conflicts)?;
                 Ok(Done::Applied(Box::new(record), !known.plan.steps.is_empty()))
             }
-            Err(error) => Err(self.undo(ledger, locks, &known, &progress, error)),
+            Err(error) => {
+                let error = self.undo(ledger, &known, &progress, error);
+                self.forget_locks(ledger, locks, keys);
+                Err(error)
+            }
         }
     }
 
@@ -379,14 +384,7 @@ impl Work<'_> {
     }
 
     /// Undoes what was performed, in reverse, and puts the ledger back.
-    fn undo(
-        mut self,
-        ledger: &Ledger,
-        locks: &Locks,
-        known: &Known,
-        progress: &Progress,
-        error: anyhow::Error,
-    ) -> anyhow::Error {
+    fn undo(&mut self, ledger: &Ledger, known: &Known, progress: &Progress, error: anyhow::Error) -> anyhow::Error {
         let mut failures = Vec::new();
         let mut undone = Vec::new();
         for (number, step) in known.plan.steps.iter().enumerate().take(progress.begun).rev() {
@@ -407,13 +405,14 @@ impl Work<'_> {
                 page.leave_as_before(claim, &self.instance, known.own_claims.get(&claim.key))?;
             }
             match &known.record {
-                Some(record) => ledger.write_record(record)?,
-                None => {
-                    ledger.remove_record(&self.record(known, None))?;
-                    self.forget_locks(ledger, locks);
+                Some(record) => {
+                    if record.instance.netns != self.instance.netns {
+                        ledger.leave_namespace(&self.instance.container.key(), &self.instance.netns)?;
+                    }
+                    ledger.write_record(record)
                 }
+                None => ledger.remove_record(&self.record(known, None)),
             }
-            Ok(())
         };
         if failures.is_empty() {
             // If the ledger cannot be put back, its record stays `interrupted` and the next release finishes it.
@@ -422,7 +421,7 @@ impl Work<'_> {
             }
         }
         if failures.is_empty() {
-            error.context("nothing was changed")
+            anyhow!("{error:#}; nothing was changed")
         } else {
             anyhow!("{error:#}; undoing it failed as well: {}; run mptcp-hook release", failures.join("; "))
         }

@@ -109,6 +109,7 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
     ledger.record_conflicts(&conflicts)?;
     ledger.remove_record(record)?;
     ledger.discard_locks(locks, &key, &record.instance.netns)?;
+    ledger.discard_setting_locks(locks, &claims)?;
     Ok(conflicts.into_iter().map(|conflict| conflict.reason).collect())
 }
 

@@ -71,8 +71,12 @@ impl Environment {
 
     /// Turns it into a call. `arguments` are the wishes on the hook's line.
     pub fn into_call(self, arguments: Vec<Wish>, policy: &Policy, containers: &ContainerFiles) -> Result<Call> {
-        // LXCPATH/NAME/config: two containers of one name can exist in two paths.
-        let lxcpath = Path::new(&self.config_file).parent().and_then(Path::parent).unwrap_or(Path::new(""));
+        // LXCPATH/NAME/config: two containers of one name can exist in two paths. With lxc-start -f it is any file.
+        let file = Path::new(&self.config_file);
+        let lxcpath = match file.parent() {
+            Some(directory) if directory.ends_with(&self.name) => directory.parent().unwrap_or(directory),
+            _ => file,
+        };
         let container = ContainerId::new(Door::Lxc, lxcpath.to_string_lossy(), &self.name)?;
         match self.kind.as_str() {
             "start-host" => {}

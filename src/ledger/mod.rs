@@ -85,6 +85,14 @@ impl Ledger {
         Ok(())
     }
 
+    /// Forgets the locks of settings that nobody relies on: their names may come from anybody's annotations.
+    pub fn discard_setting_locks(&self, locks: &Locks, keys: &[SettingKey]) -> Result<()> {
+        for key in keys.iter().filter(|key| !self.setting(key).exists()) {
+            locks.discard(&format!("setting:{}", setting::directory_name(key)))?;
+        }
+        Ok(())
+    }
+
     /// The record of a container.
     pub fn record(&self, container: &str) -> Result<Option<Record>> {
         files::read(&self.directory.join("containers").join(container))

@@ -113,6 +113,11 @@ impl Page {
         Self { directory }
     }
 
+    /// Whether anything is written about the setting.
+    pub fn exists(&self) -> bool {
+        self.directory.exists()
+    }
+
     /// Reads all of it; None if nobody relies on the setting.
     pub fn read(&self) -> Result<Option<Setting>> {
         let Some(mut setting) = self.read_value()? else { return Ok(None) };

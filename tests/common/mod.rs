@@ -3,6 +3,7 @@
 //! | module | what it gives |
 //! |---|---|
 //! | [`sandbox`] | [`Sandbox`]: private namespaces in which runtimes and the hook run and which vanish with their last process |
+//! | [`bare`] | [`Bare`]: a process in a namespace and the state of a container for it, without a runtime |
 //! | [`paths`] | [`TwoPaths`]: a server namespace joined to a container by two links, either of which can be cut |
 //! | [`oci`] | [`Bundle`], [`Container`]: a `config.json` with hooks, run by crun or runc |
 //! | [`traffic`] | [`Server`], [`Sender`]: real Multipath TCP with a known number of bytes |
@@ -15,6 +16,7 @@
 
 #![allow(dead_code, unused_imports, reason = "every test file uses a part of it")]
 
+pub mod bare;
 pub mod capture;
 pub mod observe;
 pub mod oci;
@@ -27,6 +29,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub use bare::Bare;
 pub use capture::{Capture, MptcpOption, Packet};
 pub use observe::{Endpoint, HostValue, Journal};
 pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};

@@ -335,7 +335,7 @@ impl Container<'_> {
 }
 
 /// The root filesystem that all containers of a sandbox share, read-only.
-fn root_filesystem(sandbox: &Sandbox) -> PathBuf {
+pub fn root_filesystem(sandbox: &Sandbox) -> PathBuf {
     let root = sandbox.dir().join("rootfs");
     if root.exists() {
         return root;

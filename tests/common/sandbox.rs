@@ -49,7 +49,7 @@ if [ "$1" = host-network ]; then
 fi
 for try in $(seq 100); do
   # A cgroup is busy until its last process is gone.
-  find /sys/fs/cgroup -depth -type d \( -path "*$2*" -o -name libpod_parent \) -exec rmdir {} + 2>/dev/null || :
+  find /sys/fs/cgroup -depth -type d \( -path "*$2*" -o -name libpod_parent -o -name lxc.pivot \) -exec rmdir {} + 2>/dev/null || :
   left=$(find /sys/fs/cgroup -type d -path "*$2*")
   [ -n "$left" ] || exit 0
   sleep 0.05

@@ -1,0 +1,131 @@
+//! Containers without a runtime: a process in a network namespace, and the state that a runtime would write for it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::sandbox::{Netns, Outcome, Running, Sandbox};
+use super::{wait_for, wait_until};
+
+/// How long a process may take to start or end.
+const PROCESS_LIMIT: Duration = Duration::from_secs(10);
+
+/// A sleeping process as a container.
+pub struct Bare<'a> {
+    sandbox: &'a Sandbox,
+    id: String,
+    pid: u32,
+    bundle: PathBuf,
+    annotations: Value,
+    /// Ends the process when it is dropped.
+    process: Option<Running>,
+}
+
+impl<'a> Bare<'a> {
+    /// A process in a new, empty network namespace.
+    pub fn new(sandbox: &'a Sandbox, what: &str) -> Self {
+        Self::start(sandbox, what, &Netns::Host, &["unshare", "--net"])
+    }
+
+    /// A process in the namespace `netns`.
+    pub fn in_netns(sandbox: &'a Sandbox, what: &str, netns: &Netns) -> Self {
+        Self::start(sandbox, what, netns, &[])
+    }
+
+    fn start(sandbox: &'a Sandbox, what: &str, netns: &Netns, before: &[&str]) -> Self {
+        let program = ["sh", "-c", "echo $$; exec sleep 1000"];
+        let process = sandbox.spawn_in(netns, &[before, &program].concat());
+        let pid = wait_for("the pid of a process", PROCESS_LIMIT, || {
+            let out = process.stdout();
+            out.ends_with('\n').then(|| out.trim().parse().expect("a pid"))
+        });
+        let id = sandbox.name(what);
+        let bundle = sandbox.dir().join(format!("{id}.bundle"));
+        std::fs::create_dir_all(&bundle).expect("the bundle's directory");
+        if let Netns::Named(_) = netns {
+            // As an engine does that made the namespace: it outlives the process, and poststop finds it by this.
+            let config = json!({ "linux": { "namespaces": [{ "type": "network", "path": netns.path() }] } });
+            std::fs::write(bundle.join("config.json"), config.to_string()).expect("writing config.json");
+        }
+        Self { sandbox, id, pid, bundle, annotations: json!({}), process: Some(process) }
+    }
+
+    /// Adds an annotation to its state.
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations[key] = json!(value);
+        self
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its pid in the sandbox.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Its network namespace.
+    pub fn netns(&self) -> Netns {
+        Netns::Pid(self.pid)
+    }
+
+    /// The state of the OCI runtime specification, as at createRuntime.
+    pub fn state(&self) -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "id": self.id,
+            "status": "created",
+            "pid": self.pid,
+            "bundle": self.bundle,
+            "annotations": self.annotations,
+        })
+    }
+
+    /// Runs `mptcp-hook oci ARGUMENTS` as at createRuntime.
+    #[track_caller]
+    pub fn oci(&self, arguments: &[&str]) -> Outcome {
+        self.oci_with(arguments, &self.state())
+    }
+
+    /// Runs the hook as at poststop, where the state has no pid.
+    #[track_caller]
+    pub fn poststop(&self) -> Outcome {
+        let mut state = self.state();
+        state["status"] = json!("stopped");
+        state.as_object_mut().expect("a state is an object").remove("pid");
+        self.oci_with(&[], &state)
+    }
+
+    #[track_caller]
+    fn oci_with(&self, arguments: &[&str], state: &Value) -> Outcome {
+        let arguments: Vec<&str> = ["oci"].iter().chain(arguments).copied().collect();
+        self.sandbox.hook_with_input(&arguments, state.to_string().as_bytes())
+    }
+
+    /// Ends the process by SIGKILL, without a word to the hook.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.process.take();
+        wait_until("the end of a killed process", PROCESS_LIMIT, || {
+            !self.sandbox.outside(&format!("/proc/{}", self.pid)).exists()
+        });
+    }
+
+    /// The regular end: the process first, then poststop.
+    #[track_caller]
+    pub fn stop(&mut self) -> Outcome {
+        self.kill();
+        self.poststop()
+    }
+
+    /// Another life of the same container: a new process in a namespace of its own, the old one killed.
+    pub fn restarted(mut self) -> Self {
+        self.kill();
+        let name = self.id[self.sandbox.unique().len() + 1..].to_owned();
+        let new = Self::new(self.sandbox, &name);
+        Self { annotations: std::mem::take(&mut self.annotations), ..new }
+    }
+}
