@@ -93,6 +93,7 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
     let key = record.instance.container.key();
     let siblings = ledger.siblings(&key, &record.instance.netns, boot_id)?;
     let mut conflicts = Vec::new();
+    let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
     if let Some(Reach { mut kernel, inside }) = find(record, &siblings)? {
         if inside {
             let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
@@ -103,7 +104,6 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
             }
             kernel.confirm(&changes.iter().collect::<Vec<_>>())?;
         }
-        let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
         conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
     }
     ledger.record_conflicts(&conflicts)?;

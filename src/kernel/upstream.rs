@@ -100,9 +100,12 @@ impl Kernel for Upstream {
                 }
                 Change::DeleteEndpoint(gone) => {
                     // Deleted and added again with other flags is what was asked for.
-                    let added =
-                        changes.iter().any(|c| matches!(c, Change::AddEndpoint(e) if e.address == gone.address));
-                    let same = |e: &Endpoint| e.address == gone.address && (gone.id == 0 || e.id == gone.id);
+                    let added = changes.iter().any(
+                        |c| matches!(c, Change::AddEndpoint(e) if e.address == gone.address && e.port == gone.port),
+                    );
+                    let same = |e: &Endpoint| {
+                        e.address == gone.address && e.port == gone.port && (gone.id == 0 || e.id == gone.id)
+                    };
                     if !added && endpoints.iter().any(same) {
                         bail!("the endpoint {} was deleted and is still there", gone.address);
                     }
@@ -126,7 +129,7 @@ impl Kernel for Upstream {
 }
 
 fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {
-    let Some(found) = endpoints.iter().find(|e| e.address == wanted.address) else {
+    let Some(found) = endpoints.iter().find(|e| e.address == wanted.address && e.port == wanted.port) else {
         bail!("the kernel accepted the endpoint {} and does not list it", wanted.address);
     };
     if found.flags != wanted.flags || found.ifindex != wanted.ifindex {
