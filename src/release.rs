@@ -129,9 +129,16 @@ fn find_namespace(record: &Record, siblings: &[Record], boot_id: &str) -> Result
         return Ok(None);
     }
     let alive = record.instance.pid.is_none() || record.instance.is_alive(boot_id);
-    let own = record.instance.netns_places().into_iter().filter(|place| alive || !place.starts_with("/proc/"));
+    // The dead process's own entry may be another's by now. Other places are told by the cookie, where there is one.
+    let dead = record.instance.pid.filter(|_| !alive).map(|pid| format!("/proc/{pid}/ns/net"));
+    let sure = record.instance.netns.cookie.is_some();
+    let places = record.instance.netns_places().into_iter();
+    let own = places.filter(|place| Some(place) != dead.as_ref() && (alive || sure || !place.starts_with("/proc/")));
+    // With `host-namespace = "allow"` it is the one that we are in.
+    let here = (Namespace::own()?.inode() == record.instance.netns.inode).then(|| "/proc/thread-self/ns/net".into());
     let pids = |place: &str| place.strip_prefix("/proc/").and_then(|rest| rest.split('/').next()?.parse().ok());
-    for place in own.chain(siblings.iter().flat_map(|sibling| sibling.instance.netns_places())) {
+    for place in here.into_iter().chain(own).chain(siblings.iter().flat_map(|sibling| sibling.instance.netns_places()))
+    {
         let Ok(namespace) = Namespace::open(Path::new(&place)) else { continue };
         if namespace.inode() != record.instance.netns.inode {
             continue;

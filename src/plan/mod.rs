@@ -4,6 +4,8 @@
 mod mptcp_org;
 pub mod scope;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod upstream;
 
 use std::collections::BTreeMap;

@@ -148,7 +148,7 @@ fn runtime_differs(draft: &mut Draft, case: &Case, scope: Scope) -> bool {
         return false;
     };
     let reason = format!(
-        "{}, but {} has {} and the runtime writes that after the hook; make them agree",
+        "{}, but {} has {}, which the runtime writes whatever the hook does; make them agree",
         case.says(),
         wish.source,
         setting::describe(&case.key, value)

@@ -73,7 +73,10 @@ fn backup_bug(release: &str) -> Option<&'static str> {
 fn mptcp_value<'a>(draft: &'a Draft, name: &str) -> Option<&'a str> {
     let key = SettingKey::Sysctl(format!("net/mptcp/{name}"));
     let asked = draft.plan.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.as_str());
-    asked.or_else(|| draft.input.facts.settings.get(&key)?.target.value())
+    // What the runtime writes after the hook is what counts.
+    let mut runtime = draft.input.request.runtime_settings();
+    let written = runtime.find(|(k, ..)| **k == key).map(|(.., value)| value);
+    asked.or(written).or_else(|| draft.input.facts.settings.get(&key)?.target.value())
 }
 
 fn check_mptcp_works(draft: &mut Draft) -> Result<()> {
