@@ -1,5 +1,6 @@
 # make            static release build; prints where the program lies
 # make install    PREFIX=/usr/local DESTDIR=
+# make traffic    the same, and the demonstrations' sender and receiver
 # make test       everything, as root (tests/run)
 # make clean
 
@@ -26,9 +27,10 @@ all:
 	$(CARGO) build --release --locked --target $(TARGET)
 	@echo $(PROGRAM)
 
-# The program that moves real Multipath TCP in demonstrations and tests.
+# The same, and the program that moves real Multipath TCP in demonstrations and tests; prints where both lie.
 traffic:
-	$(CARGO) build --release --locked --target $(TARGET) --example mptcp-traffic
+	$(CARGO) build --release --locked --target $(TARGET) --bins --example mptcp-traffic
+	@echo $(PROGRAM)
 	@echo $(TARGET_DIR)/$(TARGET)/release/examples/mptcp-traffic
 
 # Built by whoever runs `make` first, so that `sudo make install` needs no Rust.

@@ -86,6 +86,12 @@ impl Run {
         stdin: Option<Result<Vec<u8>>>,
         variables: &lxc::Variables,
     ) -> Result<()> {
+        // The container's name first: whatever is wrong then, the message has it.
+        let state = stdin.map(|text| text.and_then(|text| oci::parse(&text)));
+        self.container = match &state {
+            Some(state) => state.as_ref().ok().map(|state| state.id().into()),
+            None => variables.name(),
+        };
         let (globals, action) = cli::parse(arguments)?;
         if let Action::Print(text) = action {
             report::print(&text);
@@ -95,18 +101,16 @@ impl Run {
         match action {
             Action::Print(_) => Ok(()),
             Action::Oci(wishes) => {
-                // The container's name first: whatever is wrong then, the message has it.
-                let state = stdin.unwrap_or_else(|| Ok(Vec::new())).and_then(|text| oci::parse(&text));
-                self.container = state.as_ref().ok().map(|state| state.id().into());
                 let context = self.hook_context(&globals)?;
-                let call = state?.into_call(wishes, &context.policy, &context.containers)?;
+                let state = state.unwrap_or_else(|| oci::parse(&[]))?;
+                let call = state.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context)
             }
             Action::Lxc(wishes, words) => {
-                let environment = lxc::Environment::read(variables, &words);
-                self.container = environment.as_ref().ok().map(|environment| environment.name().into());
                 let context = self.hook_context(&globals)?;
-                let call = environment?.into_call(wishes, &context.policy, &context.containers)?;
+                let environment = lxc::Environment::read(variables, &words)?;
+                self.container = Some(environment.name().into());
+                let call = environment.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context)
             }
             Action::Apply { target, wishes, dry_run, json } => {

@@ -24,6 +24,11 @@ impl Variables {
         Self(Self::NAMES.into_iter().filter_map(read).collect())
     }
 
+    /// The container's name, for messages before anything else is known.
+    pub fn name(&self) -> Option<String> {
+        self.get("LXC_NAME")
+    }
+
     fn get(&self, name: &str) -> Option<String> {
         self.0.iter().find(|(known, value)| *known == name && !value.is_empty()).map(|(_, value)| value.clone())
     }

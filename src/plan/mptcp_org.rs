@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use super::Draft;
 use crate::error::usage;
 use crate::kernel::{Change, ENDPOINTS_MAX};
-use crate::ledger::record::{OwnedLink, State};
+use crate::ledger::record::{Interface, OwnedLink, State};
 use crate::request::Limit;
 use crate::request::flags::{IFF_MPBACKUP, IFF_NOMULTIPATH};
 use crate::request::setting::{self, SettingKey};
@@ -22,6 +22,7 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     }
     let wanted = draft.wanted_interfaces()?;
     if wanted.is_empty() {
+        give_back_others(draft);
         return Ok(());
     }
     let will_be = |name: &str| -> Option<String> {
@@ -54,16 +55,17 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
             continue;
         }
         let Some(link) = input.facts.links.iter().find(|link| link.index == index) else { continue };
-        let now = link.flags & mask;
-        // Whoever of us came first knows what was there before.
-        let original = input
+        // Whoever of us came first knows what was there before, and what else of it is ours.
+        let known = input
             .previous
             .into_iter()
             .chain(input.siblings)
             .flat_map(|record| &record.interfaces)
             .filter_map(|interface| interface.link.as_ref())
-            .find(|owned| owned.index == index)
-            .map_or(now, |owned| owned.original);
+            .find(|owned| owned.index == index);
+        let mask = mask | known.map_or(0, |owned| owned.mask);
+        let now = link.flags & mask;
+        let original = known.map_or(now, |owned| owned.original);
         if now != bits {
             let set = |bits| Change::LinkFlags { index, name: link.name.clone(), bits, mask };
             draft.step(set(bits), Some(set(now)), one.wish.source.place.clone());
@@ -79,6 +81,7 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
         entry.link = Some(OwnedLink { index, mask, bits, original });
         draft.plan.interfaces.push(entry);
     }
+    give_back_others(draft);
     if let Some(path_manager) = path_manager.filter(|name| name != "fullmesh") {
         draft.warn(format!(
             "the path manager is {path_manager}: only fullmesh reads interface flags, so they do nothing until net.mptcp.mptcp_path_manager = fullmesh"
@@ -102,4 +105,25 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives the bits back of interfaces that were set and are no longer asked for: a renamed one keeps its bits.
+fn give_back_others(draft: &mut Draft) {
+    let input = draft.input;
+    let bits_of = |interfaces: &[Interface], index: u32| {
+        interfaces.iter().filter_map(|interface| interface.link.as_ref()).any(|owned| owned.index == index)
+    };
+    let before = input.previous.into_iter().flat_map(|record| &record.interfaces);
+    for owned in before.filter_map(|interface| interface.link.as_ref()) {
+        let kept = bits_of(&draft.plan.interfaces, owned.index)
+            || input.siblings.iter().any(|sibling| bits_of(&sibling.interfaces, owned.index));
+        let Some(link) = input.facts.links.iter().find(|link| link.index == owned.index && !kept) else { continue };
+        // Somebody else's change since then is theirs.
+        if link.flags & owned.mask != owned.bits || owned.original == owned.bits {
+            continue;
+        }
+        let set = |bits| Change::LinkFlags { index: link.index, name: link.name.clone(), bits, mask: owned.mask };
+        let why = format!("{} is no longer asked for", link.name);
+        draft.step(set(owned.original & owned.mask), Some(set(owned.bits)), why);
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Clash, Draft, HostSetting, scope};
+use super::{Clash, Draft, HostSetting, Input, scope};
 use crate::error::usage;
 use crate::kernel::{Change, Seen, SeenSetting};
 use crate::ledger::record::{Outcome, OwnedSetting, Scope};
@@ -105,10 +105,20 @@ fn one_name(key: &SettingKey, value: &str, there: impl Fn(&SettingKey) -> bool) 
     (key.clone(), value.into())
 }
 
+/// What the runtime writes, under the name that this kernel has for it.
+fn runtime_settings<'a>(input: &'a Input) -> impl Iterator<Item = (SettingKey, &'a Wish, String)> {
+    let facts = input.facts;
+    let there = |key: &SettingKey| facts.settings.get(key).is_some_and(|seen| seen.target != Seen::Absent);
+    input.request.runtime_settings().map(move |(key, wish, value)| {
+        let (key, value) = one_name(key, value, there);
+        (key, wish, value)
+    })
+}
+
 /// What the runtime will write into a namespace in which others rely on something else.
 fn runtime_against_siblings(draft: &mut Draft) {
     let input = draft.input;
-    for (key, wish, value) in input.request.runtime_settings() {
+    for (key, wish, value) in runtime_settings(input) {
         let holders: Vec<(String, String)> = input
             .siblings
             .iter()
@@ -116,7 +126,7 @@ fn runtime_against_siblings(draft: &mut Draft) {
                 let held = record
                     .settings
                     .iter()
-                    .filter(|s| s.claimed && s.key == *key && !setting::same(key, &s.value, value));
+                    .filter(|s| s.claimed && s.key == key && !setting::same(&key, &s.value, &value));
                 held.map(|s| (record.instance.container.id.clone(), s.value.clone()))
             })
             .collect();
@@ -129,7 +139,7 @@ fn runtime_against_siblings(draft: &mut Draft) {
         );
         draft.clash(Clash {
             key: key.to_string(),
-            wanted: value.into(),
+            wanted: value,
             kept,
             holders: ids,
             reason,
@@ -140,10 +150,10 @@ fn runtime_against_siblings(draft: &mut Draft) {
     }
 }
 
-/// The value that the runtime writes after the hook would undo ours. True if that has settled the case.
+/// The value that the runtime writes (runc after the hook, crun before it) stands against ours. True if that has settled the case.
 fn runtime_differs(draft: &mut Draft, case: &Case, scope: Scope) -> bool {
     let input = draft.input;
-    let twin = input.request.runtime_settings().find(|(key, ..)| **key == case.key);
+    let twin = runtime_settings(input).find(|(key, ..)| *key == case.key);
     let Some((_, wish, value)) = twin.filter(|(key, _, value)| !setting::same(key, value, &case.value)) else {
         return false;
     };
@@ -151,12 +161,12 @@ fn runtime_differs(draft: &mut Draft, case: &Case, scope: Scope) -> bool {
         "{}, but {} has {}, which the runtime writes whatever the hook does; make them agree",
         case.says(),
         wish.source,
-        setting::describe(&case.key, value)
+        setting::describe(&case.key, &value)
     );
     draft.clash(Clash {
         key: case.key.to_string(),
         wanted: case.value.clone(),
-        kept: value.into(),
+        kept: value,
         holders: Vec::new(),
         reason,
         can_override: false,
@@ -340,6 +350,15 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
             setting::describe(&case.key, &case.value),
             setting::describe(&case.key, &original)
         ));
+    }
+    if matches!(outcome, Outcome::Applied | Outcome::Overrode) {
+        let names_a_module = ["net/mptcp/mptcp_path_manager", "net/mptcp/mptcp_scheduler"];
+        if case.key.sysctl_path().is_some_and(|path| names_a_module.contains(&path)) && case.value != "default" {
+            draft.warn(format!(
+                "{} = {} may load the kernel module mptcp_{1}, which stays on the host",
+                case.key, case.value
+            ));
+        }
     }
     let mut written = None;
     if !setting::same(&case.key, &actual, &case.value) {

@@ -36,9 +36,10 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
         draft.warn(format!("this kernel ({}) {bug}", draft.input.facts.release));
     }
     let mut places = places(draft, &kept);
-    let desired: Vec<IpAddr> = places.iter().flat_map(|place| place.addresses()).collect();
-    let deletes = leave(draft, &desired);
-    choose(draft, &mut places, &desired, deletes);
+    choose(draft, &mut places);
+    let chosen = places.iter().flat_map(|place| &place.candidates).filter(|candidate| candidate.chosen);
+    let desired: Vec<IpAddr> = chosen.map(|candidate| candidate.address).collect();
+    leave(draft, &desired);
     // Limits before endpoints: a subflow that a limit forbids is not tried again.
     let chosen: Vec<(EndpointFlags, usize)> =
         places.iter().map(|place| (place.flags, place.candidates.iter().filter(|c| c.chosen).count())).collect();
@@ -110,10 +111,6 @@ struct Candidate {
 }
 
 impl Place<'_> {
-    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.candidates.iter().map(|candidate| candidate.address)
-    }
-
     fn is_glob(&self) -> bool {
         match &self.wanted.wish.what {
             What::Interface(pattern, _) => !Pattern::is_exact(pattern),
@@ -149,10 +146,16 @@ fn present<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a Endpoint> {
     draft.input.facts.endpoints.iter().find(|e| e.address == address && e.port.is_none())
 }
 
-/// Deletes or gives back what this instance had and no longer wants. Returns how many places that frees.
-fn leave(draft: &mut Draft, desired: &[IpAddr]) -> usize {
+/// Whether a sibling has an endpoint for the address, too.
+fn is_relied_on(draft: &Draft, address: IpAddr) -> bool {
+    let theirs = draft.input.siblings.iter().flat_map(|record| &record.interfaces).flat_map(|i| &i.endpoints);
+    theirs.into_iter().any(|endpoint| endpoint.address == address)
+}
+
+/// Deletes or gives back what this instance had and no longer wants.
+fn leave(draft: &mut Draft, desired: &[IpAddr]) {
     let input = draft.input;
-    let Some(previous) = input.previous else { return 0 };
+    let Some(previous) = input.previous else { return };
     let gone: Vec<&OwnedEndpoint> = previous
         .interfaces
         .iter()
@@ -160,24 +163,16 @@ fn leave(draft: &mut Draft, desired: &[IpAddr]) -> usize {
         .chain(&previous.leaving)
         .filter(|endpoint| !desired.contains(&endpoint.address))
         .collect();
-    let mut freed = 0;
     for endpoint in gone {
-        let relied_on = input
-            .siblings
-            .iter()
-            .flat_map(|r| &r.interfaces)
-            .flat_map(|i| &i.endpoints)
-            .any(|e| e.address == endpoint.address);
         let Some(now) = present(draft, endpoint.address).cloned() else { continue };
         // Somebody else's change since then is theirs.
-        if relied_on || now.flags != endpoint.flags {
+        if is_relied_on(draft, endpoint.address) || now.flags != endpoint.flags {
             continue;
         }
         let why = format!("{} is no longer asked for or no longer there", endpoint.address);
         match endpoint.original {
             None => {
                 draft.step(Change::DeleteEndpoint(now.clone()), Some(Change::AddEndpoint(now)), why);
-                freed += 1;
             }
             Some(original) if original != now.flags => {
                 let back = Endpoint { flags: original, ..now.clone() };
@@ -187,21 +182,30 @@ fn leave(draft: &mut Draft, desired: &[IpAddr]) -> usize {
         }
         draft.plan.leaving.push(endpoint.clone());
     }
-    freed
 }
 
 /// Picks the addresses that get an endpoint when there are more than places: one per interface and family before any
-/// second one, exact names before globs.
-fn choose(draft: &Draft, places: &mut [Place], desired: &[IpAddr], freed: usize) {
-    let others =
-        draft.input.facts.endpoints.iter().filter(|e| e.port.is_some() || !desired.contains(&e.address)).count();
-    let mut free = ENDPOINTS_MAX.saturating_sub(others.saturating_sub(freed));
+/// second one, exact names before globs. What is there already and not ours to delete takes its place in any case.
+fn choose(draft: &Draft, places: &mut [Place]) {
+    let is_ours = |endpoint: &Endpoint| {
+        let previous = draft.input.previous.into_iter();
+        let mut owned = previous.flat_map(|r| r.interfaces.iter().flat_map(|i| &i.endpoints).chain(&r.leaving));
+        let same = |own: &OwnedEndpoint| own.address == endpoint.address && own.flags == endpoint.flags;
+        endpoint.port.is_none()
+            && owned.any(|own| own.original.is_none() && same(own))
+            && !is_relied_on(draft, endpoint.address)
+    };
+    let staying: Vec<&Endpoint> = draft.input.facts.endpoints.iter().filter(|endpoint| !is_ours(endpoint)).collect();
+    let mut free = ENDPOINTS_MAX.saturating_sub(staying.len());
+    for candidate in places.iter_mut().flat_map(|place| &mut place.candidates) {
+        candidate.chosen = staying.iter().any(|e| e.port.is_none() && e.address == candidate.address);
+    }
     for (extra, glob) in [(false, false), (false, true), (true, false), (true, true)] {
         for place in places.iter_mut() {
             if place.is_glob() != glob {
                 continue;
             }
-            for candidate in place.candidates.iter_mut().filter(|c| c.extra == extra) {
+            for candidate in place.candidates.iter_mut().filter(|c| c.extra == extra && !c.chosen) {
                 if free > 0 {
                     candidate.chosen = true;
                     free -= 1;
@@ -232,6 +236,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
         .fold(LimitPair::default(), |all, own| all.max(own.needed));
     let floor = original.max(siblings);
     let mut lowered = floor;
+    let mut is_asked = false;
     for limit in [Limit::Subflows, Limit::AddAddrAccepted] {
         let Some((wish, asked)) = input.request.limit(limit) else { continue };
         let (present, needs) = match limit {
@@ -257,6 +262,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
                 Limit::AddAddrAccepted => lowered.add_addr_accepted = asked,
             }
         }
+        is_asked = true;
         if asked < needs {
             draft.warn(format!("the limit {limit} = {asked} is raised to {needs}, which the endpoints asked for need"));
         }
@@ -265,7 +271,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
             Limit::AddAddrAccepted => needed.add_addr_accepted = needs.max(asked),
         }
     }
-    if needed == LimitPair::default() && input.previous.is_none_or(|record| record.limits.is_none()) {
+    if !is_asked && needed == LimitPair::default() && input.previous.is_none_or(|record| record.limits.is_none()) {
         return Ok(());
     }
     let set = lowered.max(needed);
@@ -343,7 +349,7 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
 }
 
 fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Result<OwnedEndpoint> {
-    let flags = place.flags.0;
+    let mut flags = place.flags.0;
     let why = place.wanted.wish.source.place.clone();
     let name = &place.wanted.name;
     let fresh = Endpoint { id: 0, address, port: None, ifindex: index, flags };
@@ -364,6 +370,10 @@ fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Re
                 Some(known) => known.original,
                 None => Some(now.flags),
             };
+            if original.is_some() {
+                // Leaving fullmesh out would close live subflows of somebody else's endpoint.
+                flags |= now.flags & EndpointFlags::FULLMESH.0;
+            }
             let changeable = (now.flags ^ flags) & !EndpointFlags::CHANGEABLE.0 == 0;
             // Somebody else's without an interface can be used as it is; it may leave by another one.
             let fits = now.ifindex == index || original.is_some() && now.ifindex == 0;

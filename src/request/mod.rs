@@ -22,7 +22,7 @@ pub const LIMIT_MAX: u32 = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rank {
-    /// `linux.sysctl` of the bundle: the runtime writes it after the hook, whatever we do.
+    /// `linux.sysctl` of the bundle: the runtime writes it (runc after the hook), whatever we do.
     Runtime,
     /// `defaults` of the policy file.
     PolicyDefault,
@@ -318,7 +318,7 @@ impl Request {
         settings
     }
 
-    /// The settings that the runtime itself writes after the hook (`linux.sysctl`).
+    /// The settings that the runtime itself writes (`linux.sysctl`).
     pub fn runtime_settings(&self) -> impl Iterator<Item = (&SettingKey, &Wish, &str)> {
         self.wishes.iter().filter(|wish| wish.source.rank == Rank::Runtime).filter_map(|wish| match &wish.what {
             What::Setting(key, value) => Some((key, wish, value.as_str())),
