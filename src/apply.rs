@@ -290,13 +290,13 @@ impl Work<'_> {
             kernel: known.kind,
             instance: self.instance.clone(),
             request: known.request.clone(),
+            leaving: if at_work.is_some() { known.plan.leaving.clone() } else { Vec::new() },
             at_work,
             interfaces: known.plan.interfaces.clone(),
-            leaving: if at_work.is_some() { known.plan.leaving.clone() } else { Vec::new() },
             limits: known.plan.limits,
             settings: known.plan.settings.clone(),
             warnings,
-            time: ledger::now(),
+            time: ledger::nanoseconds(),
         }
     }
 
@@ -315,7 +315,10 @@ impl Work<'_> {
             }
         }
         let (pid, process) = Process::own()?;
-        let at_work = Writer { pid, start_time: process.start_time };
+        // Of another life nothing is in force any more; of an interrupted one, what was before it.
+        let before = known.record.as_ref().filter(|record| record.instance.netns == self.instance.netns);
+        let before = before.and_then(|record| record.versions().last().cloned()).map(Box::new);
+        let at_work = Writer { pid, start_time: process.start_time, before };
         let mut progress = Progress::default();
         match self.work(ledger, &known, at_work, &mut progress) {
             Ok(record) => {

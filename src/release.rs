@@ -8,8 +8,10 @@ use crate::context::Context;
 use crate::deadline::Deadline;
 use crate::instance::{self, ContainerId, Instance};
 use crate::kernel::netns::{Namespace, Visit};
-use crate::kernel::{self, Change, Endpoint, Facts, Kernel, Limits};
-use crate::ledger::record::{Conflict, ConflictOutcome, OwnedEndpoint, Record, Scope};
+use crate::kernel::{self, Change, Endpoint, Facts, Kernel};
+use crate::ledger::record::{
+    Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedSetting, Record, Scope,
+};
 use crate::ledger::setting::Claim;
 use crate::ledger::{self, Ledger, Locks};
 use crate::request::setting::{self, SettingKey};
@@ -161,49 +163,28 @@ pub fn undo_in_namespace(
     conflicts: &mut Vec<Conflict>,
 ) -> Vec<Change> {
     let mut changes = Vec::new();
-    for interface in record.interfaces.iter().rev() {
-        for owned in interface.endpoints.iter().rev() {
-            changes.extend(undo_endpoint(owned, siblings, facts));
-        }
-        if let Some(link) = &interface.link {
-            let theirs = newest(siblings, |sibling| {
-                sibling
-                    .interfaces
-                    .iter()
-                    .filter_map(|i| i.link.as_ref())
-                    .find(|l| l.index == link.index)
-                    .map(|l| l.bits)
-            });
-            let back = theirs.unwrap_or(link.original);
-            let now = facts.links.iter().find(|l| l.index == link.index).map(|l| l.flags & link.mask);
-            if now == Some(link.bits) && back != link.bits {
-                let name = interface.name.clone();
-                changes.push(Change::LinkFlags { index: link.index, name, bits: back & link.mask, mask: link.mask });
-            }
+    let mut addresses = Vec::new();
+    for owned in record.endpoints() {
+        if !addresses.contains(&owned.address) {
+            addresses.push(owned.address);
+            changes.extend(undo_endpoint(record, owned, siblings, facts));
         }
     }
-    for owned in &record.leaving {
-        changes.extend(undo_endpoint(owned, siblings, facts));
+    for interface in record.interfaces.iter().rev() {
+        let Some(link) = &interface.link else { continue };
+        changes.extend(undo_link(record, &interface.name, link, siblings, facts));
     }
     if let (Some(limits), Some(now)) = (record.limits, facts.limits) {
-        let set = Limits { subflows: limits.set.subflows, add_addr_accepted: limits.set.add_addr_accepted };
         let needed = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.needed);
         let back = needed.fold(limits.original, |all, one| all.max(one));
-        let back = Limits { subflows: back.subflows, add_addr_accepted: back.add_addr_accepted };
-        if now == set && back != now {
-            changes.push(Change::Limits(back));
+        let now = LimitPair::from(now);
+        let is_ours = record.versions().filter_map(|version| version.limits).any(|limits| limits.set == now);
+        if is_ours && back != now {
+            changes.push(Change::Limits(back.into()));
         }
     }
     for owned in record.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
-        changes.extend(undo_setting(
-            record,
-            owned.key.clone(),
-            &owned.value,
-            &owned.original,
-            siblings,
-            facts,
-            conflicts,
-        ));
+        changes.extend(undo_setting(record, owned, siblings, facts, conflicts));
     }
     changes
 }
@@ -217,47 +198,58 @@ fn newest<T>(siblings: &[Record], what: impl Fn(&Record) -> Option<T>) -> Option
         .map(|(_, t)| t)
 }
 
-fn undo_endpoint(owned: &OwnedEndpoint, siblings: &[Record], facts: &Facts) -> Option<Change> {
+fn undo_endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], facts: &Facts) -> Option<Change> {
     let now = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none())?;
     // One with another id is somebody else's, made after ours was deleted.
     if owned.id != 0 && owned.id != now.id {
         return None;
     }
     let theirs = newest(siblings, |sibling| {
-        let endpoints = sibling.interfaces.iter().flat_map(|interface| &interface.endpoints);
-        endpoints.clone().find(|e| e.address == owned.address).map(|e| e.flags)
+        let mut endpoints = sibling.interfaces.iter().flat_map(|interface| &interface.endpoints);
+        endpoints.find(|e| e.address == owned.address).map(|e| e.flags)
     });
+    let is_ours = record.endpoints().any(|own| own.address == now.address && own.flags == now.flags);
     match theirs.or(owned.original) {
-        Some(flags) if flags == now.flags || now.flags != owned.flags => None,
+        Some(flags) if flags == now.flags || !is_ours => None,
         Some(flags) => Some(Change::SetEndpointFlags(Endpoint { flags, ..now.clone() })),
         None => Some(Change::DeleteEndpoint(now.clone())),
     }
 }
 
+fn undo_link(record: &Record, name: &str, link: &OwnedLink, siblings: &[Record], facts: &Facts) -> Option<Change> {
+    let of = |record: &Record| {
+        let mut links = record.interfaces.iter().filter_map(|interface| interface.link.clone());
+        links.find(|other| other.index == link.index)
+    };
+    let theirs = newest(siblings, |sibling| of(sibling).map(|other| other.bits));
+    let back = theirs.unwrap_or(link.original) & link.mask;
+    let now = facts.links.iter().find(|l| l.index == link.index)?.flags & link.mask;
+    let is_ours = record.versions().filter_map(of).any(|own| own.bits == now & own.mask);
+    let change = Change::LinkFlags { index: link.index, name: name.into(), bits: back, mask: link.mask };
+    (is_ours && back != now).then_some(change)
+}
+
 fn undo_setting(
     record: &Record,
-    key: SettingKey,
-    ours: &str,
-    original: &Option<String>,
+    owned: &OwnedSetting,
     siblings: &[Record],
     facts: &Facts,
     conflicts: &mut Vec<Conflict>,
 ) -> Option<Change> {
-    let seen = facts.settings.get(&key)?;
+    let key = &owned.key;
+    let seen = facts.settings.get(key)?;
     let now = seen.target.value()?;
-    let theirs = newest(siblings, |sibling| {
-        sibling.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.clone())
-    });
-    let back = theirs.or_else(|| original.clone())?;
-    if setting::same(&key, now, &back) {
+    let of = |record: &Record| record.settings.iter().find(|s| s.key == *key && s.claimed).map(|s| s.value.clone());
+    let back = newest(siblings, of).or_else(|| owned.original.clone())?;
+    if setting::same(key, now, &back) {
         return None;
     }
-    if !setting::same(&key, now, ours) {
-        conflicts.push(drift(&record.instance, &key, ours, now));
+    if !record.versions().filter_map(of).any(|ours| setting::same(key, now, &ours)) {
+        conflicts.push(drift(&record.instance, key, &owned.value, now));
         return None;
     }
     let host = seen.host.value().map(String::from);
-    Some(Change::NetnsSysctl { key, value: back, host })
+    Some(Change::NetnsSysctl { key: key.clone(), value: back, host })
 }
 
 fn drift(instance: &Instance, key: &SettingKey, ours: &str, now: &str) -> Conflict {

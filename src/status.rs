@@ -156,7 +156,7 @@ fn only(status: &mut Status, ledger: &Ledger, name: &str) -> Result<()> {
 
 /// Looks into the container's namespace: endpoints that are gone or changed, routes that came or went.
 fn bring_up_to_date(record: &mut Record, context: &Context) -> Result<()> {
-    if let Some(writer) = record.at_work {
+    if let Some(writer) = &record.at_work {
         let working = Process::read(writer.pid).is_ok_and(|p| p.alive && p.start_time == writer.start_time);
         if !working {
             for interface in &mut record.interfaces {

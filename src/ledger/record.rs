@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::instance::Instance;
-use crate::kernel::{Kind, RouteState};
+use crate::kernel::{Kind, Limits, RouteState};
 use crate::request::Request;
 use crate::request::setting::SettingKey;
 
@@ -39,11 +39,24 @@ pub struct Record {
     pub settings: Vec<OwnedSetting>,
     /// What was said about them.
     pub warnings: Vec<String>,
-    /// When it was written, in seconds since 1970.
+    /// When it was written, in nanoseconds since 1970: the order of a namespace's members.
     pub time: u64,
 }
 
 impl Record {
+    /// This record and, while a hook is at work on it, the one before: the kernel may be as either of them says.
+    pub fn versions(&self) -> impl Iterator<Item = &Self> {
+        let before = self.at_work.as_ref().and_then(|work| work.before.as_deref());
+        std::iter::once(self).chain(before)
+    }
+
+    /// Its endpoints, those included that are being deleted, in all versions.
+    pub fn endpoints(&self) -> impl Iterator<Item = &OwnedEndpoint> {
+        self.versions().flat_map(|record| {
+            record.interfaces.iter().flat_map(|interface| &interface.endpoints).chain(&record.leaving)
+        })
+    }
+
     /// The host-wide settings that this instance has a claim on.
     pub fn host_claims(&self) -> impl Iterator<Item = &SettingKey> {
         self.settings.iter().filter(|owned| owned.scope == Scope::Host && owned.claimed).map(|owned| &owned.key)
@@ -56,12 +69,14 @@ impl Record {
 }
 
 /// The process that is changing the kernel for a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Writer {
     /// Its pid.
     pub pid: u32,
     /// Its start time, in clock ticks since boot.
     pub start_time: u64,
+    /// What was in force before it began. Its originals are the new record's, too.
+    pub before: Option<Box<Record>>,
 }
 
 /// How far an interface has come.
@@ -160,6 +175,18 @@ pub struct LimitPair {
     pub subflows: u32,
     /// Accepted ADD_ADDR.
     pub add_addr_accepted: u32,
+}
+
+impl From<Limits> for LimitPair {
+    fn from(limits: Limits) -> Self {
+        Self { subflows: limits.subflows, add_addr_accepted: limits.add_addr_accepted }
+    }
+}
+
+impl From<LimitPair> for Limits {
+    fn from(pair: LimitPair) -> Self {
+        Self { subflows: pair.subflows, add_addr_accepted: pair.add_addr_accepted }
+    }
 }
 
 impl LimitPair {

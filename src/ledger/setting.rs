@@ -208,7 +208,7 @@ impl Page {
             version: VERSION,
             instance: instance.clone(),
             value: claim.value.clone(),
-            time: nanoseconds(),
+            time: super::nanoseconds(),
             overridden: false,
         })?;
         if claim.written.is_some() { self.fulfil() } else { Ok(()) }
@@ -295,12 +295,6 @@ impl Page {
         let _ = std::fs::remove_dir(&self.directory);
         Ok(())
     }
-}
-
-/// Nanoseconds since 1970: the order of claims.
-fn nanoseconds() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
 }
 
 impl Setting {

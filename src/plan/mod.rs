@@ -43,6 +43,13 @@ pub struct Input<'a> {
     pub time: u64,
 }
 
+impl<'a> Input<'a> {
+    /// The records of what we did in this namespace: this instance's, and its siblings'.
+    fn ours(&self) -> impl Iterator<Item = &'a Record> + use<'a> {
+        self.previous.into_iter().chain(self.siblings).flat_map(Record::versions)
+    }
+}
+
 /// What the ledger has of a host-wide setting.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostSetting {

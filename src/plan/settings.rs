@@ -242,7 +242,7 @@ fn netns(draft: &mut Draft, case: &Case) -> Result<()> {
         outcome = Outcome::Overrode;
     }
     // The value before the first of ours: it is ours as long as it is what one of us wrote.
-    let ours = input.previous.into_iter().chain(input.siblings).flat_map(|record| &record.settings);
+    let ours = input.ours().flat_map(|record| &record.settings);
     let original = ours
         .filter(|own| own.key == case.key && own.scope == Scope::Netns)
         .find_map(|own| own.original.clone().filter(|_| setting::same(&case.key, &own.value, &present)))

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use super::{Clash, Draft, Wanted};
 use crate::error::usage;
-use crate::kernel::{Change, ENDPOINTS_MAX, Endpoint, Limits};
+use crate::kernel::{Change, ENDPOINTS_MAX, Endpoint};
 use crate::ledger::record::{Interface, LimitPair, OwnedEndpoint, OwnedLimits, Record, State};
 use crate::request::flags::{EndpointFlags, InterfaceFlags};
 use crate::request::pattern::Pattern;
@@ -135,10 +135,7 @@ fn places<'a>(draft: &Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
 
 /// Our endpoint for an address: of this instance, else of a sibling.
 fn owned<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a OwnedEndpoint> {
-    let of = |record: &'a Record| {
-        record.interfaces.iter().flat_map(|i| &i.endpoints).chain(&record.leaving).find(|e| e.address == address)
-    };
-    draft.input.previous.into_iter().chain(draft.input.siblings).find_map(of)
+    draft.input.ours().flat_map(Record::endpoints).find(|endpoint| endpoint.address == address)
 }
 
 /// The present endpoint for an address; one with a port of its own is another one.
@@ -156,17 +153,16 @@ fn is_relied_on(draft: &Draft, address: IpAddr) -> bool {
 fn leave(draft: &mut Draft, desired: &[IpAddr]) {
     let input = draft.input;
     let Some(previous) = input.previous else { return };
-    let gone: Vec<&OwnedEndpoint> = previous
-        .interfaces
-        .iter()
-        .flat_map(|interface| &interface.endpoints)
-        .chain(&previous.leaving)
-        .filter(|endpoint| !desired.contains(&endpoint.address))
-        .collect();
-    for endpoint in gone {
+    let mut seen: Vec<IpAddr> = desired.to_vec();
+    for endpoint in previous.endpoints() {
+        if seen.contains(&endpoint.address) {
+            continue;
+        }
+        seen.push(endpoint.address);
         let Some(now) = present(draft, endpoint.address).cloned() else { continue };
         // Somebody else's change since then is theirs.
-        if is_relied_on(draft, endpoint.address) || now.flags != endpoint.flags {
+        let is_ours = previous.endpoints().any(|own| own.address == now.address && own.flags == now.flags);
+        if is_relied_on(draft, endpoint.address) || !is_ours {
             continue;
         }
         let why = format!("{} is no longer asked for or no longer there", endpoint.address);
@@ -188,8 +184,7 @@ fn leave(draft: &mut Draft, desired: &[IpAddr]) {
 /// second one, exact names before globs. What is there already and not ours to delete takes its place in any case.
 fn choose(draft: &Draft, places: &mut [Place]) {
     let is_ours = |endpoint: &Endpoint| {
-        let previous = draft.input.previous.into_iter();
-        let mut owned = previous.flat_map(|r| r.interfaces.iter().flat_map(|i| &i.endpoints).chain(&r.leaving));
+        let mut owned = draft.input.previous.into_iter().flat_map(Record::endpoints);
         let same = |own: &OwnedEndpoint| own.address == endpoint.address && own.flags == endpoint.flags;
         endpoint.port.is_none()
             && owned.any(|own| own.original.is_none() && same(own))
@@ -217,7 +212,7 @@ fn choose(draft: &Draft, places: &mut [Place]) {
 
 fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
     let input = draft.input;
-    let Some(now) = input.facts.limits.map(pair) else { return Ok(()) };
+    let Some(now) = input.facts.limits.map(LimitPair::from) else { return Ok(()) };
     let count =
         |flag: EndpointFlags| chosen.iter().filter(|(f, _)| f.contains(flag)).map(|(_, n)| *n as u32).sum::<u32>();
     let fullmesh = count(EndpointFlags::FULLMESH) > 0;
@@ -226,8 +221,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
         add_addr_accepted: u32::from(fullmesh),
     };
     // What was there before the first of us, as long as it is still what we set.
-    let ours: Vec<OwnedLimits> =
-        input.previous.into_iter().chain(input.siblings).filter_map(|record| record.limits).collect();
+    let ours: Vec<OwnedLimits> = input.ours().filter_map(|record| record.limits).collect();
     let original = ours.iter().find(|own| own.set == now).map_or(now, |own| own.original);
     let siblings = input
         .siblings
@@ -277,7 +271,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
     let set = lowered.max(needed);
     if set != now {
         let why = "the endpoints and limits asked for";
-        draft.step(Change::Limits(unpair(set)), Some(Change::Limits(unpair(now))), why);
+        draft.step(Change::Limits(set.into()), Some(Change::Limits(now.into())), why);
     }
     draft.plan.limits = Some(OwnedLimits { original, needed, set });
     Ok(())
@@ -309,14 +303,6 @@ fn clash(
         source,
         setting: None,
     })
-}
-
-fn pair(limits: Limits) -> LimitPair {
-    LimitPair { subflows: limits.subflows, add_addr_accepted: limits.add_addr_accepted }
-}
-
-fn unpair(limits: LimitPair) -> Limits {
-    Limits { subflows: limits.subflows, add_addr_accepted: limits.add_addr_accepted }
 }
 
 /// The steps for one interface's endpoints, and its entry.

@@ -206,7 +206,9 @@ pub fn fits(key: &SettingKey, wanted: &str, present: &str) -> Result<(), String>
         return Err(format!("{key} has {} and \"{wanted}\" has {}", count(p.len(), "field"), count(w.len(), "field")));
     }
     for (w, p) in w.iter().zip(&p) {
-        if integer(p).is_some() && integer(w).is_none() {
+        // A list or range of numbers (ports) may follow a single one; the kernel judges it.
+        let is_list = w.chars().all(|c| c.is_ascii_digit() || c == ',' || c == '-');
+        if integer(p).is_some() && integer(w).is_none() && !is_list {
             return Err(format!("{key} is a number (now {present}) and \"{w}\" is none"));
         }
     }
