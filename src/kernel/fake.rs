@@ -338,15 +338,22 @@ impl FakeHost {
         with(self.0.borrow_mut().state.namespaces.get_mut(&inode).expect("the namespace is there"))
     }
 
+    /// Which kind of kernel it has.
+    pub fn kind(&self) -> Kind {
+        self.0.borrow().kind
+    }
+
     /// The kernel, seen from a namespace.
     pub fn kernel(&self, inode: u64) -> FakeKernel {
         assert!(self.has_netns(inode), "there is no namespace {inode}");
         FakeKernel { host: self.clone(), inode }
     }
 
-    /// Everything that can be changed.
+    /// Everything that can be changed. The order of endpoints says nothing.
     pub fn state(&self) -> State {
-        self.0.borrow().state.clone()
+        let mut state = self.0.borrow().state.clone();
+        state.namespaces.values_mut().for_each(|netns| netns.endpoints.sort_by_key(|endpoint| endpoint.id));
+        state
     }
 
     /// A value that the host has once. None if the file is not there.
