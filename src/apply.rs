@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::context::Context;
-use crate::error::refused;
+use crate::error::{exit_status, refused, usage};
 use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
@@ -14,7 +14,7 @@ use crate::ledger::record::{Record, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
 use crate::plan::{Holder, HostSetting, Input, Plan, scope};
-use crate::release;
+use crate::release::{self, Whose};
 use crate::request::Request;
 use crate::request::setting::{self, SettingKey};
 
@@ -113,8 +113,12 @@ struct Known {
     request: Request,
     /// The ledger's record of this container, of whichever life.
     record: Option<Record>,
+    /// The same, if it speaks of this namespace.
+    previous: Option<Record>,
     /// The container's present claims on host-wide settings.
     own_claims: BTreeMap<SettingKey, Claim>,
+    /// What the ledger says of the host-wide settings that are asked for.
+    pages: BTreeMap<SettingKey, Setting>,
     kind: kernel::Kind,
     plan: Plan,
 }
@@ -188,12 +192,13 @@ impl Work<'_> {
         };
         let keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
         let mut facts = self.kernel.facts(&keys)?;
-        let siblings = match ledger {
-            Some(ledger) => ledger.siblings(&container, &self.instance.netns, &self.instance.boot_id)?,
-            None => Vec::new(),
+        let (siblings, mut departed) = match ledger {
+            Some(ledger) => ledger.others(&container, &self.instance.netns, &self.instance.boot_id)?,
+            None => Default::default(),
         };
         let mut host = BTreeMap::new();
         let mut own_claims = BTreeMap::new();
+        let mut pages = BTreeMap::new();
         let mut abandoned = Vec::new();
         if let Some(ledger) = ledger {
             for (key, seen) in &facts.settings {
@@ -213,27 +218,42 @@ impl Work<'_> {
                 let as_wanted = seen.host.value().zip(wanted).is_some_and(|(a, b)| setting::same(key, a, b));
                 let setting = if as_wanted { page.read_value()? } else { page.read()? };
                 let Some(setting) = setting else { continue };
-                if !as_wanted && setting.is_abandoned(&self.instance.boot_id) {
-                    abandoned.push((key.clone(), setting.original.clone()));
-                    continue;
+                own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
+                pages.insert(key.clone(), setting.clone());
+                if !as_wanted {
+                    if let Some(back) = setting.left_behind(&self.instance.boot_id) {
+                        abandoned.push((key.clone(), back.to_string()));
+                    }
                 }
                 host.insert(key.clone(), self.host_setting(&setting));
-                own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
             }
         }
         // What dead containers left behind holds nobody from the moment that anybody looks.
-        for (key, original) in abandoned {
+        for (key, back) in abandoned {
             if let (Some(ledger), true) = (ledger, locked.is_some_and(|locked| locked.contains(&key))) {
-                let drifted =
-                    release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, std::slice::from_ref(&key))?;
+                let keys = std::slice::from_ref(&key);
+                let kernel = self.kernel.as_mut();
+                let drifted = release::give_up_claims(ledger, kernel, &self.instance, keys, Whose::Dead)?;
                 ledger.record_conflicts(&drifted)?;
-                let again = self.kernel.facts(std::slice::from_ref(&key))?;
-                facts.settings.extend(again.settings);
+                facts.settings.extend(self.kernel.facts(keys)?.settings);
+                host.remove(&key);
+                pages.remove(&key);
+                if let Some(setting) = ledger.setting(&key).read()? {
+                    host.insert(key.clone(), self.host_setting(&setting));
+                    pages.insert(key, setting);
+                }
             } else if let Some(seen) = facts.settings.get_mut(&key) {
-                seen.host = Seen::Writable(original);
+                seen.host = Seen::Writable(back);
+                if let Some(page) = host.get_mut(&key) {
+                    page.value = seen.host.value().unwrap_or_default().into();
+                }
             }
         }
-        let previous = record.clone().filter(|record| record.instance.netns == self.instance.netns);
+        // An earlier life in this very namespace; without a cookie the inode may be another one's by now.
+        let same_netns = record.as_ref().is_some_and(|record| record.instance.netns == self.instance.netns);
+        let is_sure = same_life || same_netns && self.instance.netns.cookie.is_some();
+        let previous = record.clone().filter(|_| is_sure);
+        departed.extend(record.clone().filter(|_| same_netns && !is_sure));
         let plan = Plan::make(&Input {
             request: &request,
             policy: &self.context.policy,
@@ -241,10 +261,11 @@ impl Work<'_> {
             container: &self.instance.container.id,
             previous: previous.as_ref(),
             siblings: &siblings,
+            departed: &departed,
             host: &host,
             time: ledger::now(),
         })?;
-        Ok(Known { request, record, own_claims, kind: facts.kind, plan })
+        Ok(Known { request, record, previous, own_claims, pages, kind: facts.kind, plan })
     }
 
     fn host_setting(&self, setting: &Setting) -> HostSetting {
@@ -301,36 +322,50 @@ impl Work<'_> {
     }
 
     fn carry_out(mut self, ledger: &Ledger, locks: &Locks, keys: &[SettingKey], known: Known) -> Result<Done> {
-        if let Some(reason) = known.plan.refusal() {
-            ledger.record_conflicts(&known.plan.conflicts)?;
+        let done = self.round(ledger, keys, &known);
+        if done.is_err() {
             self.forget_locks(ledger, locks, keys);
-            return Err(refused(reason));
+        }
+        done
+    }
+
+    /// Carries a plan out or undoes it. Module parameters that come with its path manager take a second round.
+    fn round(&mut self, ledger: &Ledger, keys: &[SettingKey], known: &Known) -> Result<Done> {
+        if let Some(reason) = known.plan.refusal() {
+            return Err(match ledger.record_conflicts(&known.plan.conflicts) {
+                Ok(()) => refused(reason),
+                Err(error) => refused(format!("{reason}; it could not be recorded: {error:#}")),
+            });
         }
         if known.plan.steps.is_empty() {
             // Perhaps there is nothing to do at all: the same start twice.
-            let mut same = self.record(&known, None);
+            let mut same = self.record(known, None);
             self.complete(&mut same)?;
             if known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
                 return Ok(Done::Applied(Box::new(same), false));
             }
         }
         let (pid, process) = Process::own()?;
-        // Of another life nothing is in force any more; of an interrupted one, what was before it.
-        let before = known.record.as_ref().filter(|record| record.instance.netns == self.instance.netns);
-        let before = before.and_then(|record| record.versions().last().cloned()).map(Box::new);
+        // Of an interrupted record, what was in force before it.
+        let before = known.previous.as_ref().and_then(|record| record.versions().last().cloned()).map(Box::new);
         let at_work = Writer { pid, start_time: process.start_time, before };
         let mut progress = Progress::default();
-        match self.work(ledger, &known, at_work, &mut progress) {
-            Ok(record) => {
-                self.forget_earlier_life(ledger, &known)?;
-                ledger.record_conflicts(&known.plan.conflicts)?;
-                Ok(Done::Applied(Box::new(record), !known.plan.steps.is_empty()))
+        let done = self.work(ledger, known, at_work, &mut progress).and_then(|record| {
+            if known.plan.deferred.is_empty() {
+                return Ok(Done::Applied(Box::new(record), !known.plan.steps.is_empty()));
             }
-            Err(error) => {
-                let error = self.undo(ledger, &known, &progress, error);
-                self.forget_locks(ledger, locks, keys);
-                Err(error)
+            let second = self.plan(Some(ledger), Some(keys))?;
+            self.round(ledger, keys, &second)
+        });
+        match done {
+            Ok(Done::Applied(mut record, changed)) => {
+                if let Err(error) = self.forget_earlier_life(ledger, known) {
+                    record.warnings.push(format!("what an earlier life of this container held is left: {error:#}"));
+                }
+                Ok(Done::Applied(record, changed))
             }
+            Ok(other) => Ok(other),
+            Err(error) => Err(self.undo(ledger, known, &progress, error)),
         }
     }
 
@@ -352,6 +387,7 @@ impl Work<'_> {
         self.kernel.confirm(&changes)?;
         let mut record = self.record(known, None);
         self.complete(&mut record)?;
+        ledger.record_conflicts(&plan.conflicts)?;
         for claim in &plan.claims {
             let page = ledger.setting(&claim.key);
             page.enter(claim, &self.instance)?;
@@ -389,23 +425,29 @@ impl Work<'_> {
     /// Undoes what was performed, in reverse, and puts the ledger back.
     fn undo(&mut self, ledger: &Ledger, known: &Known, progress: &Progress, error: anyhow::Error) -> anyhow::Error {
         let mut failures = Vec::new();
-        let mut undone = Vec::new();
+        let mut reverses = Vec::new();
         for (number, step) in known.plan.steps.iter().enumerate().take(progress.begun).rev() {
             let Some(reverse) = &step.undo else { continue };
-            match self.kernel.perform(reverse) {
-                Ok(()) => undone.push(reverse),
-                // A change that failed may have changed nothing, and then there is nothing to reverse.
-                Err(_) if number >= progress.finished => {}
-                Err(failure) => failures.push(format!("cannot {reverse}: {failure:#}")),
+            let failed_itself = number >= progress.finished;
+            if failed_itself && matches!(step.change, Change::AddEndpoint(_)) {
+                // Refused as a whole; what is there under that address is somebody else's.
+                continue;
+            }
+            reverses.push(reverse);
+            if let Err(failure) = self.kernel.perform(reverse) {
+                failures.push(format!("cannot {reverse}: {failure:#}"));
             }
         }
-        if let Err(failure) = self.kernel.confirm(&undone) {
-            failures.push(format!("{failure:#}"));
+        // What counts is how it is now: a change that had no effect cannot be reversed and need not be.
+        match self.kernel.confirm(&reverses) {
+            Ok(()) => failures.clear(),
+            Err(failure) => failures.push(format!("{failure:#}")),
         }
         let settle = || -> Result<()> {
             for claim in &known.plan.claims {
                 let page = ledger.setting(&claim.key);
-                page.leave_as_before(claim, &self.instance, known.own_claims.get(&claim.key))?;
+                let (before, own) = (known.pages.get(&claim.key), known.own_claims.get(&claim.key));
+                page.leave_as_before(&self.instance, before, own)?;
             }
             match &known.record {
                 Some(record) => {
@@ -424,7 +466,12 @@ impl Work<'_> {
             }
         }
         if failures.is_empty() {
-            anyhow!("{error:#}; nothing was changed")
+            let message = format!("{error:#}; nothing was changed");
+            match exit_status(&error) {
+                3 => refused(message),
+                2 => usage(message),
+                _ => anyhow!(message),
+            }
         } else {
             anyhow!("{error:#}; undoing it failed as well: {}; run mptcp-hook release", failures.join("; "))
         }
@@ -435,7 +482,7 @@ impl Work<'_> {
         let Some(record) = &known.record else { return Ok(()) };
         let kept: Vec<&SettingKey> = known.plan.claims.iter().map(|claim| &claim.key).collect();
         let gone: Vec<SettingKey> = record.host_claims().filter(|key| !kept.contains(key)).cloned().collect();
-        release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, &gone)?;
+        release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, &gone, Whose::OwnAndDead)?;
         let netns: &NetnsId = &record.instance.netns;
         if *netns != self.instance.netns {
             ledger.leave_namespace(&self.instance.container.key(), netns)?;

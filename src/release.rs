@@ -14,6 +14,7 @@ use crate::ledger::record::{
 };
 use crate::ledger::setting::Claim;
 use crate::ledger::{self, Ledger, Locks};
+use crate::request::flags::EndpointFlags;
 use crate::request::setting::{self, SettingKey};
 
 /// Why a container is let go.
@@ -93,7 +94,7 @@ pub fn stale(context: &Context) -> Result<Vec<Result<Done>>> {
 
 fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: Find) -> Result<Vec<String>> {
     let key = record.instance.container.key();
-    let siblings = ledger.siblings(&key, &record.instance.netns, boot_id)?;
+    let (siblings, _) = ledger.others(&key, &record.instance.netns, boot_id)?;
     let mut conflicts = Vec::new();
     let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
     if let Some(Reach { mut kernel, inside }) = find(record, &siblings)? {
@@ -106,7 +107,7 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
             }
             kernel.confirm(&changes.iter().collect::<Vec<_>>())?;
         }
-        conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims)?);
+        conflicts.extend(give_up_claims(ledger, kernel.as_mut(), &record.instance, &claims, Whose::OwnAndDead)?);
     }
     ledger.record_conflicts(&conflicts)?;
     ledger.remove_record(record)?;
@@ -167,7 +168,7 @@ pub fn undo_in_namespace(
     for owned in record.endpoints() {
         if !addresses.contains(&owned.address) {
             addresses.push(owned.address);
-            changes.extend(undo_endpoint(record, owned, siblings, facts));
+            undo_endpoint(record, owned, siblings, facts, &mut changes);
         }
     }
     for interface in record.interfaces.iter().rev() {
@@ -175,8 +176,9 @@ pub fn undo_in_namespace(
         changes.extend(undo_link(record, &interface.name, link, siblings, facts));
     }
     if let (Some(limits), Some(now)) = (record.limits, facts.limits) {
-        let needed = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.needed);
-        let back = needed.fold(limits.original, |all, one| all.max(one));
+        // No lower than what a sibling has recorded: it would take the lower one for somebody else's.
+        let theirs = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.set);
+        let back = theirs.reduce(LimitPair::max).unwrap_or(limits.original);
         let now = LimitPair::from(now);
         let is_ours = record.versions().filter_map(|version| version.limits).any(|limits| limits.set == now);
         if is_ours && back != now {
@@ -198,11 +200,17 @@ fn newest<T>(siblings: &[Record], what: impl Fn(&Record) -> Option<T>) -> Option
         .map(|(_, t)| t)
 }
 
-fn undo_endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], facts: &Facts) -> Option<Change> {
-    let now = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none())?;
+fn undo_endpoint(
+    record: &Record,
+    owned: &OwnedEndpoint,
+    siblings: &[Record],
+    facts: &Facts,
+    changes: &mut Vec<Change>,
+) {
+    let Some(now) = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) else { return };
     // One with another id is somebody else's, made after ours was deleted.
     if owned.id != 0 && owned.id != now.id {
-        return None;
+        return;
     }
     let theirs = newest(siblings, |sibling| {
         let mut endpoints = sibling.interfaces.iter().flat_map(|interface| &interface.endpoints);
@@ -210,9 +218,17 @@ fn undo_endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], fa
     });
     let is_ours = record.endpoints().any(|own| own.address == now.address && own.flags == now.flags);
     match theirs.or(owned.original) {
-        Some(flags) if flags == now.flags || !is_ours => None,
-        Some(flags) => Some(Change::SetEndpointFlags(Endpoint { flags, ..now.clone() })),
-        None => Some(Change::DeleteEndpoint(now.clone())),
+        Some(flags) if flags == now.flags || !is_ours => {}
+        Some(flags) => {
+            let back = Endpoint { flags, ..now.clone() };
+            if (flags ^ now.flags) & !EndpointFlags::CHANGEABLE.0 == 0 {
+                changes.push(Change::SetEndpointFlags(back));
+            } else {
+                // A sibling's, which was overridden with another purpose.
+                changes.extend([Change::DeleteEndpoint(now.clone()), Change::AddEndpoint(back)]);
+            }
+        }
+        None => changes.push(Change::DeleteEndpoint(now.clone())),
     }
 }
 
@@ -265,13 +281,23 @@ fn drift(instance: &Instance, key: &SettingKey, ours: &str, now: &str) -> Confli
     }
 }
 
-/// Strikes the instance's claims on host-wide settings. A value that nobody else relies on goes back: to the newest
+/// Whose claims are struck.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// The instance's, and those of the dead.
+    OwnAndDead,
+    /// Those of the dead.
+    Dead,
+}
+
+/// Strikes claims on host-wide settings. A value that nobody else relies on goes back: to the newest
 /// claim that is left, else to what was there before the first of ours. The locks of the settings are held.
 pub fn give_up_claims(
     ledger: &Ledger,
     kernel: &mut dyn Kernel,
     instance: &Instance,
     keys: &[SettingKey],
+    whose: Whose,
 ) -> Result<Vec<Conflict>> {
     let mut conflicts = Vec::new();
     if keys.is_empty() {
@@ -290,15 +316,15 @@ pub fn give_up_claims(
             actual.is_some_and(|actual| setting::same(key, &claim.value, actual)) && claim.instance.is_alive(&boot_id)
         };
         let in_force = page.read_value()?.is_some_and(|setting| actual.is_some_and(|actual| setting.is(actual)));
-        if in_force && page.any_other_claim(&own, relies_on_it)? {
+        if whose == Whose::OwnAndDead && in_force && page.any_other_claim(&own, relies_on_it)? {
             page.unclaim(&own)?;
             continue;
         }
         let Some(setting) = page.read()? else { continue };
-        let (left, struck): (Vec<_>, Vec<_>) = setting
-            .claims
-            .iter()
-            .partition(|claim| claim.instance.container.key() != own && claim.instance.is_alive(&boot_id));
+        let (left, struck): (Vec<_>, Vec<_>) = setting.claims.iter().partition(|claim| {
+            let leaves = whose == Whose::OwnAndDead && claim.instance.container.key() == own;
+            !leaves && claim.instance.is_alive(&boot_id)
+        });
         if let Some(actual) = actual {
             if !setting.is(actual) {
                 conflicts.push(drift(instance, key, &setting.value, actual));

@@ -137,20 +137,20 @@ impl Ledger {
         files::names(&self.directory.join("namespaces").join(netns.file_name()))
     }
 
-    /// The records of the others in a namespace that are alive.
-    pub fn siblings(&self, container: &str, netns: &NetnsId, boot_id: &str) -> Result<Vec<Record>> {
-        let mut siblings = Vec::new();
+    /// The records of the others in a namespace, those of the living and those of the dead.
+    pub fn others(&self, container: &str, netns: &NetnsId, boot_id: &str) -> Result<(Vec<Record>, Vec<Record>)> {
+        let mut others = Vec::new();
         for member in self.members(netns)? {
             if member == container {
                 continue;
             }
             if let Some(record) = self.record(&member)? {
-                if record.instance.netns == *netns && record.instance.is_alive(boot_id) {
-                    siblings.push(record);
+                if record.instance.netns == *netns {
+                    others.push(record);
                 }
             }
         }
-        Ok(siblings)
+        Ok(others.into_iter().partition(|record| record.instance.is_alive(boot_id)))
     }
 
     /// The ledger's page on a host-wide setting.

@@ -219,20 +219,21 @@ impl Page {
         files::remove(&self.directory.join("intent"))
     }
 
-    /// Takes back what [`Page::enter`] may have written: the kernel has its former value again. `before` is the
-    /// claim that the container had.
-    pub fn leave_as_before(&self, claim: &HostClaim, instance: &Instance, before: Option<&Claim>) -> Result<()> {
-        match before {
-            Some(before) => self.claim(before)?,
+    /// Takes back what [`Page::enter`] may have written: the kernel has its former value again. `before` is what the
+    /// page said (its claims do not matter), `own` the claim that the container had.
+    pub fn leave_as_before(&self, instance: &Instance, before: Option<&Setting>, own: Option<&Claim>) -> Result<()> {
+        match own {
+            Some(own) => self.claim(own)?,
             None => self.unclaim(&instance.container.key())?,
         }
-        if let Some(setting) = self.read()? {
-            if setting.claims.is_empty() {
-                self.forget()?;
-            } else if let Some(written) = &claim.written {
-                self.set_value(&claim.key, &setting.original, &written.before)?;
-                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &written.before)?;
+        match before {
+            Some(before) => {
+                self.set_value(&before.key, &before.original, &before.value)?;
+                if let Some(now) = self.read()? {
+                    self.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &before.value)?;
+                }
             }
+            None => self.forget()?,
         }
         self.withdraw()
     }
@@ -298,9 +299,12 @@ impl Page {
 }
 
 impl Setting {
-    /// Whether nobody who has a claim is alive.
-    pub fn is_abandoned(&self, boot_id: &str) -> bool {
-        !self.claims.iter().any(|claim| claim.instance.is_alive(boot_id))
+    /// Where nobody who is alive relies on the value: what it goes back to, the newest living claim's value or else
+    /// the one before ours.
+    pub fn left_behind(&self, boot_id: &str) -> Option<&str> {
+        let living: Vec<&Claim> = self.claims.iter().filter(|claim| claim.instance.is_alive(boot_id)).collect();
+        let is_held = living.iter().any(|claim| self.is(&claim.value));
+        (!is_held).then(|| living.last().map_or(self.original.as_str(), |claim| claim.value.as_str()))
     }
 
     /// Whether `value` is the setting's.

@@ -37,6 +37,9 @@ pub struct Input<'a> {
     pub previous: Option<&'a Record>,
     /// The records of the others that are alive in the same namespace.
     pub siblings: &'a [Record],
+    /// The records of the dead in the same namespace: they hold nobody, but what is still as they set it is not
+    /// somebody else's. More is not believed: where the kernel has no cookies, it may have been another namespace.
+    pub departed: &'a [Record],
     /// What the ledger has of the host-wide settings that are asked for.
     pub host: &'a BTreeMap<SettingKey, HostSetting>,
     /// Seconds since 1970, for the records of conflicts.
@@ -44,9 +47,9 @@ pub struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// The records of what we did in this namespace: this instance's, and its siblings'.
+    /// The records of what we did in this namespace: this instance's, its siblings', and those of the dead.
     fn ours(&self) -> impl Iterator<Item = &'a Record> + use<'a> {
-        self.previous.into_iter().chain(self.siblings).flat_map(Record::versions)
+        self.previous.into_iter().chain(self.siblings).chain(self.departed).flat_map(Record::versions)
     }
 }
 
@@ -93,6 +96,8 @@ pub struct Plan {
     pub conflicts: Vec<Conflict>,
     /// What people should know.
     pub warnings: Vec<String>,
+    /// Module parameters that may appear with the steps' path manager or scheduler: to be planned again after them.
+    pub deferred: Vec<SettingKey>,
 }
 
 /// A change and how to undo it.

@@ -5,12 +5,12 @@ use anyhow::{Result, bail};
 use super::Draft;
 use crate::error::usage;
 use crate::kernel::{Change, ENDPOINTS_MAX};
-use crate::ledger::record::{Interface, OwnedLink, State};
+use crate::ledger::record::{Interface, OwnedLink, Record, State};
 use crate::request::Limit;
 use crate::request::flags::{IFF_MPBACKUP, IFF_NOMULTIPATH};
 use crate::request::setting::{self, SettingKey};
 
-pub fn plan(draft: &mut Draft) -> Result<()> {
+pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
     let input = draft.input;
     for limit in [Limit::Subflows, Limit::AddAddrAccepted] {
         if let Some((wish, _)) = input.request.limit(limit) {
@@ -56,13 +56,12 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
         }
         let Some(link) = input.facts.links.iter().find(|link| link.index == index) else { continue };
         // Whoever of us came first knows what was there before, and what else of it is ours.
-        let known = input
-            .previous
-            .into_iter()
-            .chain(input.siblings)
-            .flat_map(|record| &record.interfaces)
-            .filter_map(|interface| interface.link.as_ref())
-            .find(|owned| owned.index == index);
+        let links = |record: &'a Record| {
+            record.versions().flat_map(|version| &version.interfaces).filter_map(|interface| interface.link.as_ref())
+        };
+        let living = input.previous.into_iter().chain(input.siblings).flat_map(links);
+        let departed = input.departed.iter().flat_map(links).filter(|own| link.flags & own.mask == own.bits);
+        let known = living.chain(departed).find(|owned| owned.index == index);
         let mask = mask | known.map_or(0, |owned| owned.mask);
         let now = link.flags & mask;
         let original = known.map_or(now, |owned| owned.original);

@@ -45,7 +45,16 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     // namespace's own last.
     let order = |case: &Case, scope: Scope| (scope == Scope::Netns, case.key.sysctl_path().is_none());
     let mut scoped = Vec::new();
+    let modules_may_come = cases.iter().any(|case| {
+        let differs = case.seen.host.value().is_some_and(|now| !setting::same(&case.key, now, &case.value));
+        differs && names_a_module(&case.key)
+    });
     for case in cases {
+        let is_parameter = matches!(case.key, SettingKey::Module(..));
+        if is_parameter && case.seen.host == Seen::Absent && modules_may_come {
+            draft.plan.deferred.push(case.key.clone());
+            continue;
+        }
         let scope = scope::of(&case.key, draft.input.facts.kind, &draft.input.facts.release, &case.seen)
             .map_err(|e| anyhow!("{}: {e}", case.says()))?;
         scoped.push((case, scope));
@@ -351,14 +360,12 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
             setting::describe(&case.key, &original)
         ));
     }
-    if matches!(outcome, Outcome::Applied | Outcome::Overrode) {
-        let names_a_module = ["net/mptcp/mptcp_path_manager", "net/mptcp/mptcp_scheduler"];
-        if case.key.sysctl_path().is_some_and(|path| names_a_module.contains(&path)) && case.value != "default" {
-            draft.warn(format!(
-                "{} = {} may load the kernel module mptcp_{1}, which stays on the host",
-                case.key, case.value
-            ));
-        }
+    let changed = matches!(outcome, Outcome::Applied | Outcome::Overrode);
+    if changed && names_a_module(&case.key) && case.value != "default" {
+        draft.warn(format!(
+            "{} = {} may load the kernel module mptcp_{1}, which stays on the host",
+            case.key, case.value
+        ));
     }
     let mut written = None;
     if !setting::same(&case.key, &actual, &case.value) {
@@ -382,6 +389,11 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
         dead: page.dead.clone(),
     });
     Ok(())
+}
+
+/// Settings of multipath-tcp.org kernels whose values are modules.
+fn names_a_module(key: &SettingKey) -> bool {
+    key.sysctl_path().is_some_and(|path| ["net/mptcp/mptcp_path_manager", "net/mptcp/mptcp_scheduler"].contains(&path))
 }
 
 /// What became of the same wish when this container asked before.

@@ -124,6 +124,7 @@ impl Scene {
             container: "web",
             previous: self.previous.as_ref(),
             siblings: &self.siblings,
+            departed: &[],
             host: &self.pages,
             time: 1,
         })

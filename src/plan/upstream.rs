@@ -135,7 +135,12 @@ fn places<'a>(draft: &Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
 
 /// Our endpoint for an address: of this instance, else of a sibling.
 fn owned<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a OwnedEndpoint> {
-    draft.input.ours().flat_map(Record::endpoints).find(|endpoint| endpoint.address == address)
+    let now = present(draft, address);
+    let is_there = |own: &&OwnedEndpoint| now.is_some_and(|now| now.flags == own.flags && now.id == own.id);
+    let living = draft.input.previous.into_iter().chain(draft.input.siblings);
+    let departed = draft.input.departed.iter().flat_map(Record::endpoints).filter(is_there);
+    let mut all = living.flat_map(Record::endpoints).chain(departed);
+    all.find(|endpoint| endpoint.address == address)
 }
 
 /// The present endpoint for an address; one with a port of its own is another one.
@@ -227,7 +232,7 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
         .siblings
         .iter()
         .filter_map(|record| record.limits)
-        .fold(LimitPair::default(), |all, own| all.max(own.needed));
+        .fold(LimitPair::default(), |all, own| all.max(own.set));
     let floor = original.max(siblings);
     let mut lowered = floor;
     let mut is_asked = false;
@@ -338,18 +343,21 @@ fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Re
     let mut flags = place.flags.0;
     let why = place.wanted.wish.source.place.clone();
     let name = &place.wanted.name;
-    let fresh = Endpoint { id: 0, address, port: None, ifindex: index, flags };
     let known = owned(draft, address);
+    // Under the id by which siblings know it, where that is free.
+    let id = known.map_or(0, |known| known.id);
+    let id = if draft.input.facts.endpoints.iter().any(|e| e.id == id) { 0 } else { id };
+    let fresh = Endpoint { id, address, port: None, ifindex: index, flags };
     let now = present(draft, address).cloned();
     let (id, original) = match now {
         // The kernel replaces one that it made by itself.
         Some(now) if EndpointFlags(now.flags).contains(EndpointFlags::IMPLICIT) => {
             draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
-            (0, None)
+            (id, None)
         }
         None => {
             draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
-            (0, None)
+            (id, None)
         }
         Some(now) => {
             let original = match known {
@@ -373,9 +381,11 @@ fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Re
                 }
                 (now.id, original)
             } else if original.is_none() {
+                // Under the same id, by which siblings know it.
+                let fresh = Endpoint { id: now.id, ..fresh };
                 draft.step(Change::DeleteEndpoint(now.clone()), Some(Change::AddEndpoint(now)), why.clone());
-                draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh)), why);
-                (0, None)
+                draft.step(Change::AddEndpoint(fresh.clone()), Some(Change::DeleteEndpoint(fresh.clone())), why);
+                (fresh.id, None)
             } else {
                 bail!(
                     "{name}: somebody else made the endpoint {address} (id {}) as {}, which cannot be changed to {}; delete it first: ip mptcp endpoint delete id {}",

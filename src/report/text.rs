@@ -54,6 +54,9 @@ pub fn plan(request: &Request, plan: &Plan) -> String {
     if plan.steps.is_empty() {
         text += "  nothing: it is as asked for\n";
     }
+    for key in &plan.deferred {
+        text += &format!("  {key}: as asked for, once its module is loaded by the steps above\n");
+    }
     for interface in plan.interfaces.iter().filter(|interface| interface.state != State::Applied) {
         let reason = interface.reason.as_deref().unwrap_or_default();
         text += &format!("  {} stays {}: {reason}\n", interface.name, interface.state.name());
