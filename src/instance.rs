@@ -1,5 +1,6 @@
 //! Which life of which container: ids, pids and namespace inodes are used again, all of them together are not.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -173,7 +174,9 @@ impl Process {
     /// Reads `/proc/PID/stat` (proc(5)).
     pub fn read(pid: u32) -> Result<Self> {
         let path = format!("/proc/{pid}/stat");
-        let text = std::fs::read(&path).with_context(|| format!("there is no process {pid} (reading {path})"))?;
+        let text = File::open(&path)
+            .and_then(|file| crate::kernel::sysctl::read_small(file, 4096))
+            .with_context(|| format!("there is no process {pid} (reading {path})"))?;
         Self::parse(&String::from_utf8_lossy(&text)).with_context(|| format!("{path} has an unknown form"))
     }
 

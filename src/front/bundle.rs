@@ -51,10 +51,11 @@ impl Bundle {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error).with_context(attempt),
         };
-        if !file.metadata().with_context(attempt)?.is_file() {
+        let metadata = file.metadata().with_context(attempt)?;
+        if !metadata.is_file() {
             bail!("{} is not a regular file", path.display());
         }
-        let mut text = Vec::new();
+        let mut text = Vec::with_capacity(metadata.len().min(SIZE_MAX) as usize + 1);
         file.take(SIZE_MAX + 1).read_to_end(&mut text).with_context(attempt)?;
         if text.len() as u64 > SIZE_MAX {
             bail!("{} is larger than {SIZE_MAX} bytes", path.display());

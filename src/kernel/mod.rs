@@ -22,8 +22,8 @@ pub use netlink::route::{Address, Link};
 
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
-use netlink::route::RouteAnswer;
-use netns::Visit;
+use netlink::route::{Route, RouteAnswer};
+use netns::{Visit, in_initial_user_namespace};
 
 /// The most endpoints that a namespace can have (`MPTCP_PM_ADDR_MAX`), and addresses per family on mptcp.org kernels.
 pub const ENDPOINTS_MAX: usize = 8;
@@ -67,7 +67,10 @@ impl Kind {
 
 /// The running kernel's release, for messages.
 pub fn release() -> String {
-    sysctl::read_text("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into())
+    match nix::sys::utsname::uname() {
+        Ok(names) => names.release().to_string_lossy().into_owned(),
+        Err(_) => "unknown".into(),
+    }
 }
 
 /// A setting's file, seen from one network namespace.
@@ -133,6 +136,24 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// Reads what both kinds of kernels have, from inside; `settings` have been looked at already.
+    fn read(kind: Kind, visit: &Visit, route: &mut Route, settings: BTreeMap<SettingKey, SeenSetting>) -> Result<Self> {
+        Ok(Self {
+            kind,
+            release: release(),
+            initial_user_namespace: in_initial_user_namespace(),
+            host_reachable: visit.host_reachable(),
+            target_is_host: visit.target_is_host(),
+            links: route.links()?,
+            addresses: route.addresses()?,
+            endpoints: Vec::new(),
+            limits: None,
+            default_route_links: route.default_interfaces()?,
+            congestion_controls: sysctl::congestion_controls(&settings),
+            settings,
+        })
+    }
+
     /// The interface of that name.
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Result, bail};
 
 use super::netlink::route::{Link, Route};
-use super::netns::{Visit, in_initial_user_namespace};
+use super::netns::Visit;
 use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
@@ -33,20 +33,7 @@ impl Kernel for MptcpOrg {
         keys.sort();
         keys.dedup();
         let settings = sysctl::look_around(&mut self.visit, &keys)?;
-        Ok(Facts {
-            kind: Kind::MptcpOrg,
-            release: super::release(),
-            initial_user_namespace: in_initial_user_namespace(),
-            host_reachable: self.visit.host_reachable(),
-            target_is_host: self.visit.target_is_host(),
-            links: self.route.links()?,
-            addresses: self.route.addresses()?,
-            endpoints: Vec::new(),
-            limits: None,
-            default_route_links: self.route.default_interfaces()?,
-            congestion_controls: sysctl::congestion_controls(&settings),
-            settings,
-        })
+        Facts::read(Kind::MptcpOrg, &self.visit, &mut self.route, settings)
     }
 
     fn perform(&mut self, change: &Change) -> Result<()> {

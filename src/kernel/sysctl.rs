@@ -21,22 +21,46 @@ pub fn read_text(path: &str) -> Option<String> {
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    file.take(READ_MAX).read_to_string(&mut text)?;
+    read_value(open(path)?)
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+fn read_value(file: File) -> io::Result<String> {
+    let mut text = String::from_utf8(read_small(file, READ_MAX)?).map_err(|_| io::ErrorKind::InvalidData)?;
     text.truncate(text.trim_end().len());
     Ok(text)
+}
+
+/// Reads a file of the kernel's, at most `max` bytes. Nearly all of them come whole with the first read, and most of the
+/// others say so by being longer than that.
+pub fn read_small(mut file: File, max: u64) -> io::Result<Vec<u8>> {
+    let mut first = [0; 2048];
+    let length = file.read(&mut first)?;
+    let mut bytes = first[..length].to_vec();
+    if length == first.len() {
+        file.take(max.saturating_sub(length as u64)).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
 }
 
 /// Looks at a setting's file from where the thread is now. Nothing is written to find anything out.
 pub fn look(key: &SettingKey) -> Seen {
     let path = key.path();
-    let Ok(metadata) = std::fs::metadata(&path) else { return Seen::Absent };
+    // Opened before it is looked at: the walk through /proc/sys costs more than all the rest.
+    let file = match open(&path) {
+        Ok(file) => file,
+        Err(_) if path.is_file() => return Seen::Unreadable,
+        Err(_) => return Seen::Absent,
+    };
+    let Ok(metadata) = file.metadata() else { return Seen::Absent };
     if !metadata.is_file() {
         return Seen::Absent;
     }
     let writable = metadata.permissions().mode() & 0o222 != 0;
-    match read(&path) {
+    match read_value(file) {
         Ok(value) if writable => Seen::Writable(value),
         Ok(value) => Seen::ReadOnly(value),
         Err(_) => Seen::Unreadable,

@@ -9,7 +9,7 @@ use super::netlink::mptcp_pm::PathManager;
 use super::netlink::route::Route;
 use super::netlink::{self};
 use super::netns::{Visit, in_initial_user_namespace};
-use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, SeenSetting, sysctl};
 use crate::deadline::Deadline;
 use crate::request::flags::EndpointFlags;
 use crate::request::setting::SettingKey;
@@ -47,27 +47,14 @@ impl Upstream {
 
 impl Kernel for Upstream {
     fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts> {
-        let mut keys = keys.to_vec();
-        for key in ["enabled", "path_manager", "pm_type"] {
-            keys.extend(SettingKey::sysctl(key));
+        let mut settings = sysctl::look_around(&mut self.visit, keys)?;
+        // What decides whether MPTCP works is the namespace's own; the host's does not matter.
+        for key in ["enabled", "path_manager", "pm_type"].into_iter().filter_map(|key| SettingKey::sysctl(key).ok()) {
+            let look = || SeenSetting { target: sysctl::look(&key), ..SeenSetting::default() };
+            settings.entry(key.clone()).or_insert_with(look);
         }
-        keys.sort();
-        keys.dedup();
-        let settings = sysctl::look_around(&mut self.visit, &keys)?;
-        Ok(Facts {
-            kind: Kind::Upstream,
-            release: super::release(),
-            initial_user_namespace: in_initial_user_namespace(),
-            host_reachable: self.visit.host_reachable(),
-            target_is_host: self.visit.target_is_host(),
-            links: self.route.links()?,
-            addresses: self.route.addresses()?,
-            endpoints: self.path_manager.endpoints()?,
-            limits: Some(self.path_manager.limits()?),
-            default_route_links: self.route.default_interfaces()?,
-            congestion_controls: sysctl::congestion_controls(&settings),
-            settings,
-        })
+        let facts = Facts::read(Kind::Upstream, &self.visit, &mut self.route, settings)?;
+        Ok(Facts { endpoints: self.path_manager.endpoints()?, limits: Some(self.path_manager.limits()?), ..facts })
     }
 
     fn perform(&mut self, change: &Change) -> Result<()> {

@@ -58,7 +58,8 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).with_context(|| format!("cannot read the ledger's file {}", path.display())),
     };
-    let mut text = Vec::new();
+    // Room for a record: one read, and one that finds the end.
+    let mut text = Vec::with_capacity(4096);
     Read::by_ref(&mut file)
         .take(READ_MAX)
         .read_to_end(&mut text)
