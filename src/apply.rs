@@ -59,8 +59,7 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
         netns: visit.id()?,
         netns_path: call.netns_path.clone(),
     };
-    let kind = kernel::Kind::detect();
-    let Some(kernel) = kernel::open(visit, context.deadline)? else {
+    let Some((kind, kernel)) = kernel::open(visit, context.deadline)? else {
         bail!(
             "this kernel ({}) has no MPTCP: neither net.mptcp.enabled nor /proc/net/mptcp_net is there",
             kernel::release()
@@ -192,6 +191,9 @@ impl Work<'_> {
         };
         let keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
         let mut facts = self.kernel.facts(&keys)?;
+        if request.patterns().into_values().any(|(_, flags)| flags.is_off()) {
+            facts.default_route_links = self.kernel.default_route_links()?;
+        }
         let (siblings, mut departed) = match ledger {
             Some(ledger) => ledger.others(&container, &self.instance.netns, &self.instance.boot_id)?,
             None => Default::default(),

@@ -123,7 +123,7 @@ fn reach(record: &Record, siblings: &[Record], deadline: Deadline) -> Result<Opt
         None if record.host_claims().next().is_none() => return Ok(None),
         None => (Visit::to(Namespace::own()?, None)?, false),
     };
-    Ok(kernel::open(visit, deadline)?.map(|kernel| Reach { kernel, inside }))
+    Ok(kernel::open(visit, deadline)?.map(|(_, kernel)| Reach { kernel, inside }))
 }
 
 /// The container's namespace, if it is still there: by its own process, by a sibling's, or by its path.

@@ -176,7 +176,7 @@ fn bring_up_to_date(record: &mut Record, context: &Context) -> Result<()> {
     }) else {
         return Ok(());
     };
-    let Some(mut kernel) = kernel::open(visit, context.deadline)? else { return Ok(()) };
+    let Some((_, mut kernel)) = kernel::open(visit, context.deadline)? else { return Ok(()) };
     let facts = kernel.facts(&[])?;
     compare(record, &facts, kernel.as_mut())
 }

@@ -702,6 +702,10 @@ impl FakeKernel {
 }
 
 impl Kernel for FakeKernel {
+    fn default_route_links(&mut self) -> Result<Vec<u32>> {
+        Ok(self.facts(&[])?.default_route_links)
+    }
+
     fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts> {
         let machine = self.host.0.borrow();
         let always: &[&str] = match machine.kind {

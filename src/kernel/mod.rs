@@ -127,7 +127,7 @@ pub struct Facts {
     pub endpoints: Vec<Endpoint>,
     /// The limits (upstream).
     pub limits: Option<Limits>,
-    /// The interfaces by which packets to nowhere in particular leave.
+    /// The interfaces by which packets to nowhere in particular leave; looked up only if it matters.
     pub default_route_links: Vec<u32>,
     /// Every setting that was asked about, and those that decide whether MPTCP works.
     pub settings: BTreeMap<SettingKey, SeenSetting>,
@@ -148,7 +148,7 @@ impl Facts {
             addresses: route.addresses()?,
             endpoints: Vec::new(),
             limits: None,
-            default_route_links: route.default_interfaces()?,
+            default_route_links: Vec::new(),
             congestion_controls: sysctl::congestion_controls(&settings),
             settings,
         })
@@ -269,6 +269,9 @@ pub trait Kernel {
     /// Reads back that all `changes` are in force. The error names the first that is not.
     fn confirm(&mut self, changes: &[&Change]) -> Result<()>;
 
+    /// The interfaces by which packets to nowhere in particular leave.
+    fn default_route_links(&mut self) -> Result<Vec<u32>>;
+
     /// The endpoints as they are now.
     fn endpoints(&mut self) -> Result<Vec<Endpoint>>;
 
@@ -277,11 +280,13 @@ pub trait Kernel {
 }
 
 /// The kernel as seen from the namespace of `visit`. None if it has no MPTCP.
-pub fn open(mut visit: Visit, deadline: Deadline) -> Result<Option<Box<dyn Kernel>>> {
+pub fn open(mut visit: Visit, deadline: Deadline) -> Result<Option<(Kind, Box<dyn Kernel>)>> {
     visit.inside()?;
-    Ok(match Kind::detect() {
+    let kind = Kind::detect();
+    let kernel: Option<Box<dyn Kernel>> = match kind {
         Kind::Upstream => Some(Box::new(upstream::Upstream::open(visit, deadline)?)),
         Kind::MptcpOrg => Some(Box::new(mptcp_org::MptcpOrg::open(visit, deadline)?)),
         Kind::None => None,
-    })
+    };
+    Ok(kernel.map(|kernel| (kind, kernel)))
 }

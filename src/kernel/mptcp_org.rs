@@ -53,6 +53,10 @@ impl Kernel for MptcpOrg {
         sysctl::confirm(&mut self.visit, changes)
     }
 
+    fn default_route_links(&mut self) -> Result<Vec<u32>> {
+        self.route.default_interfaces()
+    }
+
     fn endpoints(&mut self) -> Result<Vec<Endpoint>> {
         Ok(Vec::new())
     }

@@ -106,6 +106,10 @@ impl Kernel for Upstream {
         sysctl::confirm(&mut self.visit, changes)
     }
 
+    fn default_route_links(&mut self) -> Result<Vec<u32>> {
+        self.route.default_interfaces()
+    }
+
     fn endpoints(&mut self) -> Result<Vec<Endpoint>> {
         self.path_manager.endpoints()
     }

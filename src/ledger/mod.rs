@@ -49,8 +49,11 @@ impl Ledger {
             files::check_state_directory(directory)?;
         }
         let ledger = Self { directory: directory.into() };
-        for name in ["containers", "namespaces", "settings", "locks"] {
-            files::make_directory(&ledger.directory.join(name))?;
+        // The one that is made last tells whether all are there.
+        if !ledger.directory.join("locks").exists() {
+            for name in ["containers", "namespaces", "settings", "locks"] {
+                files::make_directory(&ledger.directory.join(name))?;
+            }
         }
         Ok(ledger)
     }

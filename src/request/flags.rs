@@ -101,6 +101,15 @@ impl InterfaceFlags {
         }
     }
 
+    /// Whether the interface shall never be a path.
+    pub fn is_off(self) -> bool {
+        match self {
+            Self::Off => true,
+            Self::Handover(bits) => bits & IFF_NOMULTIPATH != 0,
+            Self::Default | Self::Endpoint(_) => false,
+        }
+    }
+
     /// The names as `status` shows them: `["subflow","backup"]`, `["off"]`, `["default"]`.
     pub fn names(self) -> Vec<String> {
         match self {

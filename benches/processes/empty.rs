@@ -1,0 +1,3 @@
+//! A process that does nothing: what starting and ending any program costs.
+
+fn main() {}
