@@ -10,7 +10,7 @@ use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
 use crate::kernel::{self, Change, Kernel, RouteState, Seen};
-use crate::ledger::record::{Record, VERSION, Writer};
+use crate::ledger::record::{Conflict, ConflictOutcome, Record, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
 use crate::plan::{Holder, HostSetting, Input, Plan, scope};
@@ -34,16 +34,27 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
         return Ok(Done::Nothing(None));
     }
     let (mut visit, process) = open(&call.place)?;
-    let host_by_default = visit.target_is_host() && call.request.is_only_defaults();
     if visit.target_is_host() && !context.policy.host_namespace {
-        if host_by_default {
+        if call.request.is_only_defaults() {
             return Ok(Done::Nothing(Some(
                 "it uses the host's network, which the policy's defaults leave alone".into(),
             )));
         }
-        return Err(refused(
-            "it uses the host's own network namespace, which is not a container's to set up; host-namespace = \"allow\" in the policy would allow it",
-        ));
+        let reason = "it uses the host's own network namespace, which is not a container's to set up; host-namespace = \"allow\" in the policy would allow it";
+        if !dry_run {
+            let conflict = Conflict {
+                time: ledger::now(),
+                container: call.container.id,
+                key: "host-namespace".into(),
+                wanted: "allow".into(),
+                kept: "refuse".into(),
+                holders: Vec::new(),
+                outcome: ConflictOutcome::Refused,
+                reason: reason.into(),
+            };
+            Ledger::create(&context.state_dir)?.record_conflicts(&[conflict])?;
+        }
+        return Err(refused(reason));
     }
     visit.look_before(call.request.settings().into_keys().cloned());
     // Before going in: in another user namespace nobody's files look like ours.
@@ -118,7 +129,6 @@ struct Known {
     own_claims: BTreeMap<SettingKey, Claim>,
     /// What the ledger says of the host-wide settings that are asked for.
     pages: BTreeMap<SettingKey, Setting>,
-    kind: kernel::Kind,
     plan: Plan,
 }
 
@@ -267,7 +277,7 @@ impl Work<'_> {
             host: &host,
             time: ledger::now(),
         })?;
-        Ok(Known { request, record, previous, own_claims, pages, kind: facts.kind, plan })
+        Ok(Known { request, record, previous, own_claims, pages, plan })
     }
 
     fn host_setting(&self, setting: &Setting) -> HostSetting {
@@ -310,7 +320,7 @@ impl Work<'_> {
             version: VERSION,
             name: known.request.name().unwrap_or(&self.instance.container.id).into(),
             runtime: self.instance.container.door.name().into(),
-            kernel: known.kind,
+            kernel: self.kind,
             instance: self.instance.clone(),
             request: known.request.clone(),
             leaving: if at_work.is_some() { known.plan.leaving.clone() } else { Vec::new() },

@@ -323,7 +323,7 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
             (Err(reason), _) => Some((reason, false)),
             (Ok(()), Some(first)) => Some((
                 format!(
-                    "{} for the whole host, and {} relied on by {}",
+                    "{} for the whole host, and {} relied on by {} (on-conflict=warn would start it at that value)",
                     case.says(),
                     format_args!("{} is", setting::describe(&case.key, &first.value)),
                     ids.join(", ")

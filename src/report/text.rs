@@ -101,7 +101,7 @@ pub fn status(status: &Status) -> String {
             }
             table.add_row([setting.key.to_string(), value, setting.original.clone(), or_dash(&claims.join(", "))]);
         }
-        text += &format!("{table}\n");
+        text += &lines(&table);
     }
     if !status.conflicts.is_empty() {
         text += "\nConflicts\n";
@@ -109,7 +109,7 @@ pub fn status(status: &Status) -> String {
         for conflict in &status.conflicts {
             table.add_row(conflict_row(conflict));
         }
-        text += &format!("{table}\n");
+        text += &lines(&table);
     }
     if !status.failures.is_empty() {
         text += "\nHooks that failed\n";
@@ -118,7 +118,7 @@ pub fn status(status: &Status) -> String {
             let Failure { time, container, status, reason } = failure;
             table.add_row([utc(*time), short(container), status.to_string(), reason.clone()]);
         }
-        text += &format!("{table}\n");
+        text += &lines(&table);
     }
     for problem in &status.problems {
         text += &format!("\nProblem: {problem}\n");
@@ -165,7 +165,7 @@ fn containers(status: &Status) -> String {
             first = vec![String::new(); 3];
         }
     }
-    text += &format!("{rows}\n");
+    text += &lines(&rows);
     let settings: Vec<_> = status.containers.iter().filter(|container| !container.record.settings.is_empty()).collect();
     if !settings.is_empty() {
         text += "\nSettings of containers\n";
@@ -182,7 +182,7 @@ fn containers(status: &Status) -> String {
                 ]);
             }
         }
-        text += &format!("{rows}\n");
+        text += &lines(&rows);
     }
     for container in &status.containers {
         for warning in &container.record.warnings {
@@ -222,6 +222,11 @@ fn table<const N: usize>(header: [&str; N]) -> Table {
         column.set_padding((0, 2));
     }
     table
+}
+
+/// A table's lines, without the blanks at their ends.
+fn lines(table: &Table) -> String {
+    table.trim_fmt() + "\n"
 }
 
 /// Engines' ids have 64 digits; twelve are what they show themselves.
