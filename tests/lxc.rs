@@ -11,14 +11,8 @@ use std::time::{Duration, Instant};
 use common::*;
 use serde_json::{Value, json};
 
-/// How long a transfer of these tests may take, a failover included.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(40);
-
 /// How long LXC may take to start, restart or end a container.
 const LXC_LIMIT: Duration = Duration::from_secs(15);
-
-/// Slow enough that the second subflow is there long before the end.
-const RATE: u64 = 20_000_000;
 
 /// A value of the host alone: it stands in the initial network namespace and in no other.
 const HOST_KEY: &str = "net/core/netdev_max_backlog";
@@ -339,22 +333,14 @@ impl<'a> Lxc<'a> {
     /// eth1 of the container in the starter's `status --json`, which has it in `state`.
     #[track_caller]
     fn eth1_in_status(&self, state: &str) -> Value {
-        let container = self.in_status();
-        let interfaces = container["interfaces"].as_array().expect("interfaces is a list");
-        let eth1 = interfaces.iter().find(|interface| interface["name"] == "eth1");
-        let eth1 = eth1.unwrap_or_else(|| panic!("no eth1 in {container:#}"));
-        assert_eq!(eth1["state"], state, "{container:#}");
-        eth1.clone()
+        eth1_of(&self.in_status(), state)
     }
 
     /// The kernel has exactly one endpoint in the container: eth1's address with `names` as its flags.
     #[track_caller]
     fn assert_only_endpoint(&self, address: &str, names: &[&str]) {
-        let endpoints = self.sandbox.endpoints(&self.netns());
-        assert_eq!(endpoints.len(), 1, "{endpoints:?}");
-        assert_eq!(endpoints[0].address, address.parse::<IpAddr>().expect("an address"));
-        assert_eq!(endpoints[0].flags, names);
-        assert_eq!(endpoints[0].dev.as_deref(), Some("eth1"));
+        let address: IpAddr = address.parse().expect("an address");
+        assert_only_endpoint(self.sandbox, &self.netns(), address, names);
     }
 
     /// The starter's ledger knows nothing any more.
@@ -414,25 +400,8 @@ fn backup_join_traffic_failover(container: &Lxc, paths: &TwoPaths) {
     assert_eq!(eth1["route"], "ok");
     assert_eq!(eth1["endpoints"][0]["address"], "10.0.2.2");
 
-    let report = container.send(paths.address(), 10_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
-    assert!(report.mptcp);
-    assert_eq!(report.subflows, 2);
-    assert_eq!(server.received(), ["received 10000000 bytes mptcp=yes subflows=2"]);
-    let join = capture.wait_join("br1");
-    assert_eq!((join.source, join.backup), (IpAddr::from([10, 0, 2, 2]), true));
-    let (first, second) = (capture.payload_received("br0"), capture.payload_received("br1"));
-    assert!(first >= 10_000_000, "payload over eth0: {first} bytes");
-    assert!(second * 20 < first, "payload over the backup path eth1: {second} bytes, over eth0: {first}");
-    let (first, second) = (paths.received("br0"), paths.received("br1"));
-    assert!(second * 20 < first, "the bridges counted {first} bytes for eth0, {second} for eth1");
-
-    let mut transfer = container.send(paths.address(), 8_000_000, Some(4_000_000));
-    transfer.wait_sent(1_000_000);
-    let before = capture.payload_received("br1");
-    paths.cut("br0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
-    let over_backup = capture.payload_received("br1") - before;
-    assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
+    let send = |to, bytes, rate| container.send(to, bytes, rate);
+    assert_backup_path(paths, &server, &capture, ["br0", "br1"], [10, 0, 2, 2], send);
 
     container.stop();
     container.assert_ledger_is_empty();

@@ -16,14 +16,8 @@ use std::time::Duration;
 use common::*;
 use serde_json::{Value, json};
 
-/// How long a transfer of these tests may take, a failover included.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(30);
-
 /// How long the clean-up that conmon starts after a container's end may take.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
-
-/// Slow enough that the second subflow is there long before the end.
-const RATE: u64 = 20_000_000;
 
 /// What is shipped for podman and CRI-O.
 const HOOKS_D: &str = include_str!("../hooks/oci/hooks.d/mptcp-hook.json");
@@ -233,7 +227,7 @@ impl Member<'_> {
     fn assert_backup_on_eth1(&self) {
         let sandbox = self.podman.sandbox;
         assert_only_endpoint(sandbox, &self.netns(), self.eth1_address(), &["backup", "subflow"]);
-        let eth1 = eth1_in_status(sandbox, &self.id, "applied");
+        let eth1 = eth1_of(&sandbox.status_of(&self.id), "applied");
         assert_eq!(eth1["flags"], json!(["subflow", "backup"]));
         assert_eq!(eth1["route"], "ok");
     }
@@ -300,27 +294,6 @@ default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
     )
 }
 
-/// The namespace has exactly one endpoint.
-#[track_caller]
-fn assert_only_endpoint(sandbox: &Sandbox, netns: &Netns, address: IpAddr, names: &[&str]) {
-    let endpoints = sandbox.endpoints(netns);
-    assert_eq!(endpoints.len(), 1, "{endpoints:?}");
-    assert_eq!(endpoints[0].address, address);
-    assert_eq!(endpoints[0].flags, names);
-    assert_eq!(endpoints[0].dev.as_deref(), Some("eth1"));
-}
-
-/// `status --json` has eth1 of the container in `state`; gives the whole entry.
-#[track_caller]
-fn eth1_in_status(sandbox: &Sandbox, id: &str, state: &str) -> Value {
-    let container = sandbox.status_of(id);
-    let interfaces = container["interfaces"].as_array().expect("interfaces is a list");
-    let eth1 = interfaces.iter().find(|interface| interface["name"] == "eth1");
-    let eth1 = eth1.unwrap_or_else(|| panic!("no eth1 in {container:#}"));
-    assert_eq!(eth1["state"], state, "{container:#}");
-    eth1.clone()
-}
-
 /// Nothing stays behind: no container, no setting, no endpoint of the host, no file in the state directory.
 #[track_caller]
 fn assert_nothing_is_left(sandbox: &Sandbox) {
@@ -353,22 +326,8 @@ fn podman_upstream_backup_join_traffic_failover(runtime: Runtime) {
     let in_status = sandbox.status_of(container.id());
     assert_eq!((&in_status["live"], &in_status["name"]), (&json!(true), &json!(container.id())));
 
-    let report = container.send(paths.address(), 10_000_000, RATE).finish(TRANSFER_LIMIT);
-    assert!(report.mptcp);
-    assert_eq!(server.received(), ["received 10000000 bytes mptcp=yes subflows=2"]);
-    let join = capture.wait_join("br1");
-    assert_eq!((join.source, join.backup), (container.eth1_address(), true));
-    let (first, second) = (capture.payload_received("br0"), capture.payload_received("br1"));
-    assert!(first >= 10_000_000, "payload over eth0: {first} bytes");
-    assert!(second * 20 < first, "payload over the backup path eth1: {second} bytes, over eth0: {first}");
-
-    let mut transfer = container.send(paths.address(), 8_000_000, 4_000_000);
-    transfer.wait_sent(1_000_000);
-    let before = capture.payload_received("br1");
-    paths.cut("br0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
-    let over_backup = capture.payload_received("br1") - before;
-    assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
+    let send = |to, bytes, rate: Option<u64>| container.send(to, bytes, rate.expect("a rate"));
+    assert_backup_path(&paths, &server, &capture, ["br0", "br1"], container.eth1_address(), send);
 
     podman.podman(&["stop", "--time=0", "web"]).ok();
     wait_for_empty_ledger(&sandbox);
@@ -388,7 +347,7 @@ fn podman_either_default_route_first_with_both_interfaces_named(runtime: Runtime
     let _server = Server::start(&sandbox, paths.server());
     let container = podman.start_on_both("web", &["--annotation=mptcp-hook/interfaces=eth0=subflow; eth1=backup"]);
     let netns = container.netns();
-    assert_eq!(eth1_in_status(&sandbox, container.id(), "applied")["route"], "ok");
+    assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "ok");
     let routes = sandbox.sh_in(&netns, "ip -4 route show default");
     let metrics = routes.lines().filter(|route| route.contains("metric 100")).count();
     assert_eq!(metrics, 2, "podman's own routes: {routes}");
@@ -494,7 +453,7 @@ fn podman_network_of_another_container_whose_owner_stops_first(runtime: Runtime)
     wait_until("the clean-up of the owner", CLEAN_UP_LIMIT, || {
         sandbox.status()["containers"].as_array().map(Vec::len) == Some(1)
     });
-    eth1_in_status(&sandbox, guest.id(), "drifted");
+    eth1_of(&sandbox.status_of(guest.id()), "drifted");
     guest.remove();
     assert_nothing_is_left(&sandbox);
     podman.podman(&["rm", "owner"]).ok();
@@ -722,7 +681,7 @@ fn podman_without_network_is_pending(runtime: Runtime) {
     let sandbox = Sandbox::new();
     let podman = Podman::new(&sandbox, runtime);
     let container = podman.start("alone", &["--network=none", BACKUP]);
-    eth1_in_status(&sandbox, container.id(), "pending");
+    eth1_of(&sandbox.status_of(container.id()), "pending");
     assert_eq!(sandbox.endpoints(&container.netns()), []);
     container.remove();
     assert_nothing_is_left(&sandbox);
@@ -740,7 +699,7 @@ fn podman_user_namespace_gets_its_network_later(runtime: Runtime) {
     ));
     let mapping = ["--uidmap=0:200000:65536", "--gidmap=0:200000:65536", BACKUP];
     let container = podman.start_on_both("mapped", &mapping);
-    eth1_in_status(&sandbox, container.id(), "pending");
+    eth1_of(&sandbox.status_of(container.id()), "pending");
 
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
     container.assert_backup_on_eth1();

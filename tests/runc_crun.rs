@@ -9,13 +9,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use common::*;
-use serde_json::{Value, json};
-
-/// How long a transfer of these tests may take, a failover included.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(30);
-
-/// Slow enough that the second subflow is there long before the end.
-const RATE: u64 = 20_000_000;
+use serde_json::json;
 
 macro_rules! with_each_runtime {
     ($($scenario:ident),* $(,)?) => {
@@ -52,31 +46,6 @@ fn container_netns() -> Netns {
     Netns::named("ctr")
 }
 
-fn flags(names: &[&str]) -> Vec<String> {
-    names.iter().map(|&name| name.to_owned()).collect()
-}
-
-/// The kernel has exactly one endpoint there: eth1's address with `names` as its flags.
-#[track_caller]
-fn assert_only_endpoint(sandbox: &Sandbox, netns: &Netns, address: &str, names: &[&str]) {
-    let endpoints = sandbox.endpoints(netns);
-    assert_eq!(endpoints.len(), 1, "{endpoints:?}");
-    assert_eq!(endpoints[0].address, address.parse::<IpAddr>().expect("an address"));
-    assert_eq!(endpoints[0].flags, flags(names));
-    assert_eq!(endpoints[0].dev.as_deref(), Some("eth1"));
-}
-
-/// `status --json` has eth1 of the container in `state`; gives the whole entry.
-#[track_caller]
-fn eth1_in_status(sandbox: &Sandbox, id: &str, state: &str) -> Value {
-    let container = sandbox.status_of(id);
-    let interfaces = container["interfaces"].as_array().expect("interfaces is a list");
-    let eth1 = interfaces.iter().find(|interface| interface["name"] == "eth1");
-    let eth1 = eth1.unwrap_or_else(|| panic!("no eth1 in {container:#}"));
-    assert_eq!(eth1["state"], state, "{container:#}");
-    eth1.clone()
-}
-
 fn prestart_upstream_backup_join_traffic_failover(runtime: Runtime) {
     backup_join_traffic_failover(runtime, Stage::Prestart);
 }
@@ -95,35 +64,17 @@ fn backup_join_traffic_failover(runtime: Runtime, stage: Stage) {
     let bundle = Bundle::new(&sandbox, "web").in_netns("ctr").mptcp_hook(stage);
     let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
 
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     let container_in_status = sandbox.status_of(container.id());
     assert_eq!(container_in_status["live"], true);
     assert_eq!(container_in_status["pid"], container.pid());
-    let eth1 = eth1_in_status(&sandbox, container.id(), "applied");
+    let eth1 = eth1_of(&sandbox.status_of(container.id()), "applied");
     assert_eq!(eth1["flags"], json!(["subflow", "backup"]));
     assert_eq!(eth1["route"], "ok");
     assert_eq!(eth1["endpoints"][0]["address"], "10.0.2.2");
 
-    let report = container.send(paths.address(), 10_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
-    assert!(report.mptcp);
-    assert_eq!(report.subflows, 2);
-    assert_eq!(server.received(), ["received 10000000 bytes mptcp=yes subflows=2"]);
-    let join = capture.wait_join("eth1");
-    assert_eq!((join.source, join.backup), (IpAddr::from([10, 0, 2, 2]), true));
-    let first = capture.payload_received("eth0");
-    let second = capture.payload_received("eth1");
-    assert!(first >= 10_000_000, "payload over eth0: {first} bytes");
-    assert!(second * 20 < first, "payload over the backup path eth1: {second} bytes, over eth0: {first}");
-    let (first, second) = (paths.received("eth0"), paths.received("eth1"));
-    assert!(second * 20 < first, "the interfaces counted {first} bytes on eth0, {second} on eth1");
-
-    let mut transfer = container.send(paths.address(), 8_000_000, Some(4_000_000));
-    transfer.wait_sent(1_000_000);
-    let before = capture.payload_received("eth1");
-    paths.cut("eth0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
-    let over_backup = capture.payload_received("eth1") - before;
-    assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
+    let send = |to, bytes, rate| container.send(to, bytes, rate);
+    assert_backup_path(&paths, &server, &capture, ["eth0", "eth1"], [10, 0, 2, 2], send);
 
     container.delete();
     sandbox.assert_ledger_is_empty();
@@ -144,7 +95,12 @@ fn createruntime_ipv6_in_a_namespace_of_the_runtime(runtime: Runtime) {
         .annotation("mptcp-hook/interface.eth1", "backup")
         .start(runtime);
 
-    assert_only_endpoint(&sandbox, &container.netns(), "fd00:2::2", &["backup", "subflow"]);
+    assert_only_endpoint(
+        &sandbox,
+        &container.netns(),
+        "fd00:2::2".parse::<IpAddr>().expect("an address"),
+        &["backup", "subflow"],
+    );
     let mut transfer = container.send(paths.address6(), 8_000_000, Some(4_000_000));
     transfer.wait_sent(1_000_000);
     let join = capture.wait_join("eth1");
@@ -175,7 +131,7 @@ fn createcontainer_works_in_the_containers_namespace(runtime: Runtime) {
         })
         .start(runtime);
 
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     assert_eq!(sandbox.endpoints(&Netns::Host), []);
     assert_eq!(sandbox.status_of(container.id())["pid"], container.pid());
     let report = container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
@@ -206,7 +162,7 @@ fn poststart_twice_changes_nothing(runtime: Runtime) {
         (sandbox.endpoints(&netns), limits, sandbox.sysctl(&netns, "net/mptcp/stale_loss_cnt"))
     };
 
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     let first = observed();
     assert!(first.1.contains("subflows 4"), "{}", first.1);
     assert_eq!(first.2.as_deref(), Some("3"));
@@ -231,7 +187,7 @@ fn createruntime_signal_server_announces_its_backup_address(runtime: Runtime) {
     let capture = Capture::start(&sandbox, paths.server());
     let bundle = Bundle::new(&sandbox, "server").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
     let container = bundle.annotation("mptcp-hook/interface.eth1", "signal,backup").start(runtime);
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "signal"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "signal"]);
 
     let port = traffic::PORT.to_string();
     let server = Server::attach(container.exec(&[traffic::PROGRAM, "serve", "--port", &port]));
@@ -271,8 +227,8 @@ fn createruntime_two_entries_that_agree_are_merged(runtime: Runtime) {
 
     let netns = container_netns();
     let endpoints_on = |interface| sandbox.endpoints_on(&netns, interface).into_iter().map(|e| e.flags);
-    assert_eq!(endpoints_on("eth0").collect::<Vec<_>>(), [flags(&["subflow"])]);
-    assert_eq!(endpoints_on("eth1").collect::<Vec<_>>(), [flags(&["backup", "subflow"])]);
+    assert_eq!(endpoints_on("eth0").collect::<Vec<_>>(), [["subflow"]]);
+    assert_eq!(endpoints_on("eth1").collect::<Vec<_>>(), [["backup", "subflow"]]);
     assert!(sandbox.sh_in(&netns, "ip mptcp limits show").contains("subflows 5"));
     let names: Vec<_> = sandbox.status_of(container.id())["interfaces"]
         .as_array()
@@ -364,7 +320,7 @@ fn createruntime_value_of_linux_sysctl_conflicts(runtime: Runtime) {
 
     let container = bundle("equal", "7").start(runtime);
     assert_eq!(value().as_deref(), Some("7"));
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     container.delete();
     sandbox.assert_ledger_is_empty();
 }
@@ -379,7 +335,7 @@ fn createruntime_missing_route_is_said_and_mended(runtime: Runtime) {
     let bundle = Bundle::new(&sandbox, "lost").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
     let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
 
-    assert_eq!(eth1_in_status(&sandbox, container.id(), "applied")["route"], "missing");
+    assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "missing");
     let log = journal.entries().join("\n");
     assert!(log.contains("eth1") && log.contains("route"), "the journal has: {log}");
     container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
@@ -387,7 +343,7 @@ fn createruntime_missing_route_is_said_and_mended(runtime: Runtime) {
 
     sandbox.sh_in(&container_netns(), "ip route add default via 10.0.2.1 dev eth1 metric 200");
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
-    assert_eq!(eth1_in_status(&sandbox, container.id(), "applied")["route"], "ok");
+    assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "ok");
     container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
     assert!(capture.wait_join("eth1").backup);
 
@@ -401,14 +357,14 @@ fn createruntime_missing_interface_is_pending(runtime: Runtime) {
     sandbox.sh("ip netns add ctr");
     let bundle = Bundle::new(&sandbox, "early").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
     let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
-    eth1_in_status(&sandbox, container.id(), "pending");
+    eth1_of(&sandbox.status_of(container.id()), "pending");
     assert_eq!(sandbox.endpoints(&container_netns()), []);
 
     paths.join(&Wiring::new(), &container_netns());
     let state = serde_json::to_vec(&container.state()).expect("the state as text");
     sandbox.hook_with_input(&["oci"], &state).ok();
-    eth1_in_status(&sandbox, container.id(), "applied");
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    eth1_of(&sandbox.status_of(container.id()), "applied");
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
 
     container.delete();
     sandbox.assert_ledger_is_empty();
@@ -436,11 +392,11 @@ fn createruntime_shared_namespace_is_left_by_one_then_the_other(runtime: Runtime
     };
     let first = start("first");
     let second = start("second");
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
 
     first.delete();
-    assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", &["backup", "subflow"]);
-    eth1_in_status(&sandbox, second.id(), "applied");
+    assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
+    eth1_of(&sandbox.status_of(second.id()), "applied");
     second.delete();
     assert_eq!(sandbox.endpoints(&container_netns()), []);
     sandbox.assert_ledger_is_empty();
@@ -477,7 +433,7 @@ fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
     {
         let seen = capture.prios().len();
         sandbox.hook(&["apply", container.id(), "--interface", wish]).ok();
-        assert_only_endpoint(&sandbox, &container_netns(), "10.0.2.2", names);
+        assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], names);
         let prio = wait_for("an MP_PRIO option", Duration::from_secs(5), || capture.prios().get(seen).cloned());
         assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");

@@ -30,10 +30,14 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
             kept.push(one);
         }
     }
-    let backup =
-        |one: &Wanted| matches!(one.flags, InterfaceFlags::Endpoint(flags) if flags.contains(EndpointFlags::BACKUP));
-    if let Some(bug) = backup_bug(&draft.input.facts.release).filter(|_| kept.iter().any(backup)) {
-        draft.warn(format!("this kernel ({}) {bug}", draft.input.facts.release));
+    let asked = kept.iter().filter_map(|one| match one.flags {
+        InterfaceFlags::Endpoint(flags) if flags.contains(EndpointFlags::BACKUP) => Some(flags),
+        _ => None,
+    });
+    let release = &draft.input.facts.release;
+    let bugs: Vec<&str> = asked.filter_map(|flags| backup_bug(release, flags)).collect();
+    for bug in bugs {
+        draft.warn(format!("this kernel ({release}) {bug}"));
     }
     let mut places = places(draft, &kept);
     choose(draft, &mut places);
@@ -61,20 +65,25 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     Ok(())
 }
 
-/// What is known of `backup` on older kernels (6.11 and stable backports, of which 6.1.192 has it).
-fn backup_bug(release: &str) -> Option<&'static str> {
+/// What older kernels do not do about `backup`; mended in 6.11 and stable backports, of which 6.1.192 is one.
+fn backup_bug(release: &str, flags: EndpointFlags) -> Option<&'static str> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
     let (major, minor, patch) = (numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0));
-    let mended = (major, minor) >= (6, 11) || (major, minor) == (6, 1) && patch >= 192;
-    (!mended).then_some(
-        "may send on its own backup paths until the peer has confirmed them (mended in Linux 6.11 and in later stable releases)",
-    )
+    if (major, minor) >= (6, 11) || (major, minor) == (6, 1) && patch >= 192 {
+        None
+    } else if (major, minor) <= (6, 5) && flags.contains(EndpointFlags::SIGNAL) {
+        Some("may not honour backup together with signal (mended in Linux 6.11 and later stable releases)")
+    } else {
+        Some(
+            "may ignore its own backup flag when it sends; the peer honours it (mended in Linux 6.11 and later stable releases)",
+        )
+    }
 }
 
 fn mptcp_value<'a>(draft: &'a Draft, name: &str) -> Option<&'a str> {
     let key = SettingKey::Sysctl(format!("net/mptcp/{name}"));
     let asked = draft.plan.settings.iter().find(|s| s.key == key && s.claimed).map(|s| s.value.as_str());
-    // What the runtime writes after the hook is what counts.
+    // What the runtime writes is what counts, if it writes it after the hook.
     let mut runtime = draft.input.request.runtime_settings();
     let written = runtime.find(|(k, ..)| **k == key).map(|(.., value)| value);
     asked.or(written).or_else(|| draft.input.facts.settings.get(&key)?.target.value())
@@ -426,4 +435,23 @@ fn off(draft: &mut Draft, one: &Wanted) {
     }
     let entry = one.entry(State::Applied, None);
     draft.plan.interfaces.push(entry);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_do_not_keep_to_backup_are_known() {
+        let backup = EndpointFlags::SUBFLOW.union(EndpointFlags::BACKUP);
+        let signal = EndpointFlags::SIGNAL.union(EndpointFlags::BACKUP);
+        for mended in ["6.11.0", "6.12.1-amd64", "7.0.0-rc1", "6.1.192-1", "6.18.44-fc-v669"] {
+            assert_eq!(backup_bug(mended, backup), None, "{mended}");
+        }
+        for old in ["6.1.0-37-amd64", "6.10.14", "5.10.0", "6.6.3"] {
+            assert!(backup_bug(old, backup).is_some_and(|bug| bug.contains("ignore its own")), "{old}");
+        }
+        assert!(backup_bug("6.5.1", signal).is_some_and(|bug| bug.contains("signal")));
+        assert!(backup_bug("6.6.1", signal).is_some_and(|bug| bug.contains("ignore its own")));
+    }
 }

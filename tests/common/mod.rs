@@ -5,6 +5,7 @@
 //! | [`sandbox`] | [`Sandbox`]: private namespaces in which runtimes and the hook run and which vanish with their last process |
 //! | [`bare`] | [`Bare`]: a process in a namespace and the state of a container for it, without a runtime |
 //! | [`paths`] | [`TwoPaths`]: a server namespace joined to a container by two links, either of which can be cut |
+//! | [`proof`] | what every runtime has to show of a backup path, in `status`, in the kernel and on the wire |
 //! | [`oci`] | [`Bundle`], [`Container`]: a `config.json` with hooks, run by crun or runc |
 //! | [`traffic`] | [`Server`], [`Sender`]: real Multipath TCP with a known number of bytes |
 //! | [`capture`] | [`Capture`]: packets as they were on the wire, their MPTCP options decoded |
@@ -21,6 +22,7 @@ pub mod capture;
 pub mod observe;
 pub mod oci;
 pub mod paths;
+pub mod proof;
 pub mod sandbox;
 pub mod traffic;
 
@@ -34,6 +36,7 @@ pub use capture::{Capture, MptcpOption, Packet};
 pub use observe::{Endpoint, HostValue, Journal};
 pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};
 pub use paths::{TwoPaths, Wiring};
+pub use proof::{RATE, TRANSFER_LIMIT, assert_backup_path, assert_only_endpoint, eth1_of};
 pub use sandbox::{Netns, Outcome, Running, Sandbox};
 pub use traffic::{Sender, Server};
 

@@ -1,0 +1,68 @@
+//! What every runtime has to show: the endpoint in the kernel, the entry in `status`, and that eth1 really is a backup
+//! path.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Capture, Netns, Sandbox, Sender, Server, TwoPaths};
+
+/// How long a transfer of these tests may take, a failover included.
+pub const TRANSFER_LIMIT: Duration = Duration::from_secs(40);
+
+/// Slow enough that the second subflow is there long before the end, in bytes per second.
+pub const RATE: u64 = 20_000_000;
+
+/// The kernel has exactly one endpoint there: `address` on eth1 with `names` as its flags.
+#[track_caller]
+pub fn assert_only_endpoint(sandbox: &Sandbox, netns: &Netns, address: impl Into<IpAddr>, names: &[&str]) {
+    let endpoints = sandbox.endpoints(netns);
+    assert_eq!(endpoints.len(), 1, "{endpoints:?}");
+    assert_eq!(endpoints[0].address, address.into());
+    assert_eq!(endpoints[0].flags, names);
+    assert_eq!(endpoints[0].dev.as_deref(), Some("eth1"));
+}
+
+/// eth1 of a container's entry in `status --json`, which has it in `state`.
+#[track_caller]
+pub fn eth1_of(container: &Value, state: &str) -> Value {
+    let interfaces = container["interfaces"].as_array().expect("interfaces is a list");
+    let eth1 = interfaces.iter().find(|interface| interface["name"] == "eth1");
+    let eth1 = eth1.unwrap_or_else(|| panic!("no eth1 in {container:#}"));
+    assert_eq!(eth1["state"], state, "{container:#}");
+    eth1.clone()
+}
+
+/// Sends real Multipath TCP: the join on the second path has the backup bit, next to nothing goes there while the first
+/// works, and a transfer during which the first is cut ends over the second. `first` and `second` are the server's
+/// interfaces, `send` sends from inside the container, `source` is its address on the second path.
+#[track_caller]
+pub fn assert_backup_path(
+    paths: &TwoPaths,
+    server: &Server,
+    capture: &Capture,
+    [first, second]: [&str; 2],
+    source: impl Into<IpAddr>,
+    send: impl Fn(IpAddr, u64, Option<u64>) -> Sender,
+) {
+    let report = send(paths.address(), 10_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    assert!(report.mptcp);
+    assert_eq!(report.subflows, 2);
+    assert_eq!(server.received(), ["received 10000000 bytes mptcp=yes subflows=2"]);
+    let join = capture.wait_join(second);
+    assert_eq!((join.source, join.backup), (source.into(), true));
+    let (main, backup) = (capture.payload_received(first), capture.payload_received(second));
+    assert!(main >= 10_000_000, "payload over {first}: {main} bytes");
+    assert!(backup * 20 < main, "payload over the backup path {second}: {backup} bytes, over {first}: {main}");
+    let (main, backup) = (paths.received(first), paths.received(second));
+    assert!(backup * 20 < main, "the interfaces counted {main} bytes on {first}, {backup} on {second}");
+
+    let mut transfer = send(paths.address(), 8_000_000, Some(4_000_000));
+    transfer.wait_sent(1_000_000);
+    let before = capture.payload_received(second);
+    paths.cut(first);
+    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    let after_the_cut = capture.payload_received(second) - before;
+    assert!(after_the_cut > 2_000_000, "after the cut only {after_the_cut} bytes went over {second}");
+}
