@@ -59,7 +59,13 @@ pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Caus
     let key = container.key();
     let Some(seen) = ledger.record(&key)? else { return Ok(Done::Unknown) };
     let boot_id = instance::boot_id()?;
-    if cause == Cause::Hook && !seen.instance.is_gone_soon(&boot_id, context.deadline) {
+    // Without a pid (a createContainer hook that did not learn it) there is nothing to hold a hook's word against.
+    let may_be_alive = |record: &Record| match cause {
+        Cause::Hook => record.instance.pid.is_some(),
+        Cause::Stale => true,
+        Cause::Person => false,
+    };
+    if cause == Cause::Hook && may_be_alive(&seen) && !seen.instance.is_gone_soon(&boot_id, context.deadline) {
         return Ok(Done::Alive(Box::new(seen)));
     }
     let claims: Vec<SettingKey> = seen.host_claims().cloned().collect();
@@ -70,7 +76,7 @@ pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Caus
         drop(locks);
         return release_by(container, context, cause, find);
     }
-    if cause != Cause::Person && record.instance.is_alive(&boot_id) {
+    if may_be_alive(&record) && record.instance.is_alive(&boot_id) {
         return Ok(Done::Alive(Box::new(record)));
     }
     let notes = let_go(&ledger, &locks, &record, &boot_id, find)?;
