@@ -44,6 +44,8 @@ pub enum Action {
     Release(Target),
     /// Let all containers go that are dead.
     ReleaseStale,
+    /// Mend the ledger.
+    Repair,
     /// Show the ledger.
     Status {
         /// Only this container.
@@ -75,6 +77,8 @@ pub enum Verb {
     Release,
     /// The ledger.
     Status,
+    /// The ledger, mended.
+    Repair,
 }
 
 struct VerbHelp {
@@ -85,7 +89,7 @@ struct VerbHelp {
     example: &'static str,
 }
 
-const VERBS: [VerbHelp; 5] = [
+const VERBS: [VerbHelp; 6] = [
     VerbHelp {
         verb: Verb::Oci,
         name: "oci",
@@ -131,10 +135,19 @@ const VERBS: [VerbHelp; 5] = [
                Takes no lock and changes nothing.",
         example: "Example:\n  mptcp-hook status web --json",
     },
+    VerbHelp {
+        verb: Verb::Repair,
+        name: "repair",
+        usage: "mptcp-hook repair",
+        what: "Rebuilds what the ledger knows about settings and namespaces from its records of the containers. What cannot\n\
+               be read is moved to the directory damaged/ beside it and named. Containers that are dead stay in it:\n\
+               mptcp-hook release --stale lets them go.",
+        example: "Example, when status or a hook says that a file of the ledger is damaged:\n  mptcp-hook repair",
+    },
 ];
 
 /// The words of the contract that this version does not have.
-const NOT_BUILT: [&str; 5] = ["doctor", "capture", "agent", "repair", "install"];
+const NOT_BUILT: [&str; 4] = ["doctor", "capture", "agent", "install"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Id {
@@ -170,7 +183,7 @@ struct Flag {
 
 const REQUEST: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply];
 const TARGET: &[Verb] = &[Verb::Apply, Verb::Release];
-const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status];
+const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair];
 
 const fn flag(
     id: Id,
@@ -405,7 +418,7 @@ impl Read {
                     self.set_target(Target::Known(word))?;
                 }
             }
-            Verb::Status | Verb::Oci | Verb::Lxc => {}
+            Verb::Status | Verb::Repair | Verb::Oci | Verb::Lxc => {}
         }
         let name = if verb == Verb::Status { words.next() } else { None };
         if let Some(word) = words.next() {
@@ -427,6 +440,7 @@ impl Read {
                 (Some(_), true) => return Err(usage("--stale stands alone: it lets all dead containers go")),
             },
             Verb::Status => Action::Status { name, json: self.json },
+            Verb::Repair => Action::Repair,
         })
     }
 }

@@ -13,7 +13,7 @@
 //! | [`ledger`] | remember it |
 //! | [`report`] | say it |
 //!
-//! The verbs [`apply`], [`release`] and [`status`] take data through them; [`instance`] tells one life of a container
+//! The verbs [`apply`], [`release`], [`status`] and [`repair`] take data through them; [`instance`] tells one life of a container
 //! from another, [`context`] holds what a run needs to know about itself.
 
 pub mod apply;
@@ -29,6 +29,7 @@ pub mod plan;
 pub mod policy;
 pub mod privileges;
 pub mod release;
+pub mod repair;
 pub mod report;
 pub mod request;
 pub mod status;
@@ -39,7 +40,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use cli::{Action, Globals, Verb};
 use context::Context;
@@ -54,18 +55,28 @@ use report::journal::Priority;
 const STDIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs one command line and reports. The exit status: 0 done, 1 failed and undone, 2 wrong usage, 3 refused.
+///
+/// This is the whole program: call it before anything else, in a process of its own. It closes every descriptor beyond
+/// standard input, output and error, forgets the environment and gives up all capabilities.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let verb = cli::peek(&arguments);
     // Only LXC speaks through the environment. Gone is gone: no library reads it behind our back either.
     let variables = if verb == Some(Verb::Lxc) { lxc::Variables::take() } else { lxc::Variables::default() };
     sys::clear_environment();
+    let begun = begin();
     // Whatever else is wrong, the runtime must be able to write the state to the end.
     let stdin = (verb == Some(Verb::Oci)).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
     let mut run = Run::default();
-    match run.verb(arguments, stdin, &variables) {
+    match run.verb(arguments, stdin, &variables, begun) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => run.failed(&error),
     }
+}
+
+/// Lets go of what the caller gave and the work does not need, before any input is read.
+fn begin() -> Result<()> {
+    sys::close_inherited_descriptors().context("cannot close the descriptors that the caller left open")?;
+    privileges::begin()
 }
 
 /// What is known about the run when it ends.
@@ -85,6 +96,7 @@ impl Run {
         arguments: Vec<OsString>,
         stdin: Option<Result<Vec<u8>>>,
         variables: &lxc::Variables,
+        begun: Result<()>,
     ) -> Result<()> {
         // The container's name first: whatever is wrong then, the message has it.
         let state = stdin.map(|text| text.and_then(|text| oci::parse(&text)));
@@ -97,7 +109,7 @@ impl Run {
             report::print(&text);
             return Ok(());
         }
-        privileges::begin()?;
+        begun?;
         match action {
             Action::Print(_) => Ok(()),
             Action::Oci(wishes) => {
@@ -129,8 +141,10 @@ impl Run {
                 self.released(done)
             }
             Action::ReleaseStale => self.release_stale(&Context::new(&globals)?),
+            Action::Repair => self.repair(&Context::new(&globals)?),
             Action::Status { name, json } => {
                 let status = status::status(&Context::new(&globals)?, name.as_deref())?;
+                privileges::end()?;
                 report::print(&if json { report::json::status(&status)? } else { report::text::status(&status) });
                 Ok(())
             }
@@ -224,6 +238,24 @@ impl Run {
         if failed > 0 { Err(anyhow::anyhow!("{failed} could not be released")) } else { Ok(()) }
     }
 
+    fn repair(&mut self, context: &Context) -> Result<()> {
+        let repaired = repair::repair(context)?;
+        privileges::end()?;
+        for line in &repaired.lines {
+            self.say(Priority::Warning, line);
+        }
+        for failure in &repaired.failures {
+            self.say(Priority::Error, failure);
+        }
+        match repaired.failures.len() {
+            0 => {
+                self.say(Priority::Info, &repaired.summary());
+                Ok(())
+            }
+            failed => Err(anyhow::anyhow!("{failed} could not be repaired; the rest of the ledger is in order")),
+        }
+    }
+
     fn say_released(&self, done: &release::Done) {
         match done {
             release::Done::Unknown => {}
@@ -256,7 +288,11 @@ impl Run {
     /// Reports an error and gives the exit status.
     fn failed(&self, error: &anyhow::Error) -> ExitCode {
         let status = error::exit_status(error);
-        let message = format!("{error:#}");
+        let mut message = format!("{error:#}");
+        // Before the ledger hears of it, too: that one's files are our own.
+        if let Err(error) = privileges::end() {
+            message += &format!("; {error:#}");
+        }
         let continues = status == 1 && self.may_continue;
         if status != 3 {
             // A refusal is among the conflicts already.

@@ -1,28 +1,58 @@
 //! Only the capabilities that are needed, for as long as they are needed.
+//!
+//! | phase | effective, permitted | inheritable, ambient, bounding |
+//! |---|---|---|
+//! | from the start on: reading the call, the work | those of [`WORKING`] that the caller had | none |
+//! | reporting | none | none |
+//!
+//! The bounding set says what executing a program could give. None is ever executed and no_new_privs is set, so that
+//! nothing can come from there; it is emptied all the same wherever CAP_SETPCAP allows it. The kernel takes one call for
+//! each capability, which is most of what this module costs.
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
 
 /// What the work needs: setns (SYS_ADMIN), namespaces and sysctls of the container (NET_ADMIN), other users'
 /// `/proc/PID/ns` (SYS_PTRACE), bundles that belong to a remapped root (DAC_READ_SEARCH).
-const WORKING: [Capability; 4] =
+pub const WORKING: [Capability; 4] =
     [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
 
 /// Drops everything but what the work needs, and the way to get anything by executing a program.
 pub fn begin() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("cannot set no_new_privs")?;
-    let have = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
-    let keep: CapsHashSet = WORKING.into_iter().filter(|capability| have.contains(capability)).collect();
-    for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, &keep).context("cannot reduce the capabilities")?;
-    }
-    caps::clear(None, CapSet::Inheritable).context("cannot clear the inheritable capabilities")
+    reduce_to(&WORKING)
 }
 
 /// Drops all of them: what is left is to report.
 pub fn end() -> Result<()> {
+    reduce_to(&[])
+}
+
+/// Keeps those of `keep` that are permitted. Entering a user namespace gives all of that namespace's capabilities,
+/// bounding set included (user_namespaces(7)), so that it may be more than the last call left.
+fn reduce_to(keep: &[Capability]) -> Result<()> {
+    // While CAP_SETPCAP is there.
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).context("cannot read the capabilities")? {
+        empty_bounding_set()?;
+    }
+    let have = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
+    let keep: CapsHashSet = keep.iter().copied().filter(|capability| have.contains(capability)).collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::clear(None, set).context("cannot drop the capabilities")?;
+        caps::set(None, set, &keep).context("cannot reduce the capabilities")?;
+    }
+    for set in [CapSet::Inheritable, CapSet::Ambient] {
+        caps::clear(None, set).context("cannot clear the inheritable and ambient capabilities")?;
+    }
+    Ok(())
+}
+
+fn empty_bounding_set() -> Result<()> {
+    for capability in caps::all() {
+        // An error: this kernel does not know it yet.
+        if let Ok(true) = caps::has_cap(None, CapSet::Bounding, capability) {
+            caps::drop(None, CapSet::Bounding, capability)
+                .with_context(|| format!("cannot drop {capability} from the bounding set"))?;
+        }
     }
     Ok(())
 }

@@ -82,14 +82,9 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
     };
     let boot_id = instance::boot_id()?;
     let mut overridden = Vec::new();
-    for setting in ledger.settings()? {
-        let setting = match setting {
-            Ok(setting) => setting,
-            Err(error) => {
-                status.problems.push(format!("{error:#}"));
-                continue;
-            }
-        };
+    let (settings, errors) = ledger.settings().unwrap_or_else(|error| (Vec::new(), vec![error]));
+    status.problems.extend(errors.iter().map(|error| format!("{error:#}")));
+    for setting in settings {
         let present = sysctl::look(&setting.key).value().map(String::from);
         for claim in setting.claims.iter().filter(|claim| claim.overridden) {
             overridden.push((claim.instance.container.key(), setting.key.clone()));
@@ -109,7 +104,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             present,
         });
     }
-    for record in ledger.records()? {
+    for record in ledger.records().unwrap_or_else(|error| vec![Err(error)]) {
         match record {
             Ok(mut record) => {
                 let live = record.instance.is_alive(&boot_id);
@@ -128,6 +123,10 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             }
             Err(error) => status.problems.push(format!("{error:#}")),
         }
+    }
+    match ledger.oddities() {
+        Ok(odd) => status.problems.extend(odd.iter().map(|odd| format!("{odd}; run mptcp-hook repair"))),
+        Err(error) => status.problems.push(format!("{error:#}")),
     }
     match ledger.conflicts() {
         Ok(conflicts) => status.conflicts = conflicts,

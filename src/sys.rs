@@ -1,7 +1,11 @@
 //! The system calls that no crate wraps. The only unsafe code of the program.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::os::fd::RawFd;
+
+/// The first descriptor that is not standard input, output or error.
+const FIRST_INHERITED: RawFd = 3;
 
 /// `SO_NETNS_COOKIE` of a socket (socket(7), Linux 5.14): a number that no other network namespace of this boot has or
 /// will have. None where the kernel does not know the option.
@@ -22,4 +26,29 @@ pub fn clear_environment() {
     unsafe {
         libc::clearenv();
     }
+}
+
+/// Closes what the caller left open beyond standard input, output and error: a runtime's pipes, sockets and
+/// directories are none of ours, and whoever waits for their other ends must not wait for us. (Where one of 0 to 2 is
+/// closed, Rust's runtime has opened /dev/null in its place by now.)
+pub fn close_inherited_descriptors() -> io::Result<()> {
+    // SAFETY: called first of all, while the program has one thread and has opened nothing: no descriptor from 3 on has
+    // an owner in it.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, FIRST_INHERITED, libc::c_uint::MAX, 0) };
+    // Linux before 5.9, or a seccomp filter that does not know the call.
+    if result == 0 { Ok(()) } else { close_one_by_one() }
+}
+
+fn close_one_by_one() -> io::Result<()> {
+    let names = std::fs::read_dir("/proc/self/fd")?.map(|entry| entry.map(|entry| entry.file_name()));
+    // Collected, so that the directory itself is closed before anything else is.
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    let descriptors = names.iter().filter_map(|name| name.to_str()?.parse::<RawFd>().ok());
+    for descriptor in descriptors.filter(|&descriptor| descriptor >= FIRST_INHERITED) {
+        // SAFETY: as above. The directory's own descriptor is closed already, which gives EBADF.
+        unsafe {
+            libc::close(descriptor);
+        }
+    }
+    Ok(())
 }

@@ -681,7 +681,7 @@ fn a_damaged_record_is_named_and_the_others_are_shown() {
         world.assert_failed(
             &world.container.oci(&["--interface", "eth1=subflow"]),
             1,
-            &[world.container.id(), &record, "move it away"],
+            &[world.container.id(), &record, "mptcp-hook repair"],
         );
         world.assert_failed(&world.container.poststop(), 1, &[world.container.id(), &record]);
         let status = sandbox.status();
@@ -773,14 +773,13 @@ fn command_lines_that_mean_nothing() {
 fn what_is_not_built_says_so() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    let cases: [&[&str]; 16] = [
+    let cases: [&[&str]; 15] = [
         &["doctor"],
         &["doctor", "web", "--json"],
         &["doctor", "--probe", "10.0.0.1:80"],
         &["capture", "web"],
         &["capture", "web", "--count", "3"],
         &["agent"],
-        &["repair"],
         &["install", "podman", "--dry-run"],
         &["install", "systemd", "--uninstall"],
         &["status", "--prometheus"],

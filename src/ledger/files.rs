@@ -1,11 +1,13 @@
 //! Plain files, written whole or not at all.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -16,6 +18,41 @@ const READ_MAX: u64 = 1024 * 1024;
 
 /// The prefix of a file that is being written. A crash leaves it behind; it is never read.
 pub const TEMPORARY: &str = ".tmp-";
+
+/// Why a file of ours cannot be taken at its word.
+#[derive(Debug)]
+pub enum Fault {
+    /// It is not what this program writes.
+    Damaged(String),
+    /// A newer version of this program wrote it.
+    Newer(String),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Damaged(text) | Self::Newer(text)) = self;
+        f.write_str(text)
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl Fault {
+    fn damaged(path: &Path, why: impl fmt::Display) -> anyhow::Error {
+        let text = format!("the ledger's file {} is damaged ({why}); run mptcp-hook repair", path.display());
+        Self::Damaged(text).into()
+    }
+
+    /// Whether the file can be read, but only by a newer version.
+    pub fn is_newer(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Newer(_)))
+    }
+
+    /// Whether there is nothing to be read in the file, by anybody.
+    pub fn is_damaged(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Damaged(_)))
+    }
+}
 
 /// Writes `value` to `path`: to a temporary file beside it, renamed. /run is memory, so nothing is synced to disk.
 pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
@@ -51,36 +88,46 @@ fn temporary(path: &Path) -> io::Result<PathBuf> {
     Ok(parent.join(format!("{TEMPORARY}{}-{tail}", std::process::id())))
 }
 
-/// Reads a file of ours; None if it is not there.
+/// Reads a file of ours; None if it is not there. A [`Fault`] says that its content is the trouble.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let attempt = || format!("cannot read the ledger's file {}", path.display());
     let mut file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot read the ledger's file {}", path.display())),
+        Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(path, error)),
+        Err(error) => return Err(error).with_context(attempt),
     };
     // Room for a record: one read, and one that finds the end.
     let mut text = Vec::with_capacity(4096);
-    Read::by_ref(&mut file)
-        .take(READ_MAX)
-        .read_to_end(&mut text)
-        .with_context(|| format!("cannot read the ledger's file {}", path.display()))?;
+    match Read::by_ref(&mut file).take(READ_MAX).read_to_end(&mut text) {
+        Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(path, error)),
+        other => other.with_context(attempt)?,
+    };
     // Look at the version first: a newer file may have any form.
     #[derive(serde::Deserialize)]
     struct Version {
         version: Option<u32>,
     }
-    if let Ok(Version { version: Some(version) }) = serde_json::from_slice(&text) {
-        if version > super::record::VERSION {
-            bail!(
-                "the ledger's file {} has version {version} and this program knows {}; use the newer mptcp-hook",
-                path.display(),
-                super::record::VERSION
+    let known = super::record::VERSION;
+    match serde_json::from_slice(&text) {
+        Ok(Version { version: Some(version) }) if version > known => {
+            let path = path.display();
+            let text = format!(
+                "the ledger's file {path} has version {version} and this program knows {known}; use the newer mptcp-hook"
             );
+            return Err(Fault::Newer(text).into());
         }
+        Ok(Version { version: Some(version) }) if version < known => {
+            return Err(Fault::damaged(path, format_args!("it has version {version}; {known} is the oldest there is")));
+        }
+        _ => {}
     }
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|e| anyhow!("the ledger's file {} is damaged ({e}); move it away to go on without it", path.display()))
+    serde_json::from_slice(&text).map(Some).map_err(|e| Fault::damaged(path, e))
+}
+
+/// A link, a directory, a socket: no plain file of ours.
+fn is_of_another_kind(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EISDIR | libc::ENOTDIR | libc::ENXIO))
 }
 
 /// Removes a file; that it is gone already is fine.
@@ -122,6 +169,89 @@ pub fn each_name(path: &Path) -> Result<impl Iterator<Item = Result<String>>> {
         Ok(entry) => entry.file_name().into_string().ok().filter(|name| !name.starts_with(TEMPORARY)).map(Ok),
         Err(error) => Some(Err(error)),
     }))
+}
+
+/// How many damaged files are kept.
+const ASIDE_MAX: usize = 64;
+
+/// Moves what is damaged out of the way, into `damaged/`, under a name that tells where it was. Returns what to say
+/// about it. Of very many the oldest is dropped, which is said as well.
+pub fn move_aside(state: &Path, path: &Path) -> Result<String> {
+    let directory = state.join("damaged");
+    make_directory(&directory)?;
+    let mut kept = Vec::new();
+    for name in names(&directory)? {
+        let path = directory.join(name);
+        kept.extend(std::fs::symlink_metadata(&path).and_then(|meta| meta.modified()).map(|time| (time, path)));
+    }
+    kept.sort();
+    let mut dropped = String::new();
+    if kept.len() >= ASIDE_MAX {
+        let oldest = &kept[0].1;
+        let gone = if oldest.is_dir() && !oldest.is_symlink() {
+            std::fs::remove_dir_all(oldest)
+        } else {
+            std::fs::remove_file(oldest)
+        };
+        gone.with_context(|| format!("cannot remove {}", oldest.display()))?;
+        dropped = format!(" (of {ASIDE_MAX} there the oldest, {}, was dropped)", oldest.display());
+    }
+    // A name may be as long as the file system allows; the end tells more than the beginning.
+    let was: String = path.strip_prefix(state).unwrap_or(path).to_string_lossy().replace('/', "~");
+    let skip = was.chars().count().saturating_sub(128);
+    let was: String = was.chars().skip(skip).collect();
+    let mut to = directory.join(&was);
+    for number in 1.. {
+        if std::fs::symlink_metadata(&to).is_err() {
+            break;
+        }
+        to = directory.join(format!("{was}.{number}"));
+    }
+    std::fs::rename(path, &to).with_context(|| format!("cannot move {} to {}", path.display(), to.display()))?;
+    Ok(format!("moved to {}{dropped}", to.display()))
+}
+
+/// What is wrong with a file's owner or mode.
+pub fn wrong_owner(path: &Path) -> Option<String> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    let me = nix::unistd::geteuid().as_raw();
+    if metadata.uid() != me {
+        return Some(format!("belongs to uid {} and not to uid {me}", metadata.uid()));
+    }
+    let is_open = !metadata.is_symlink() && metadata.mode() & 0o077 != 0;
+    is_open.then(|| format!("is open to others (mode {:o})", metadata.mode() & 0o7777))
+}
+
+/// Makes a file or a directory ours alone. Somebody else's file is replaced by a copy, which takes no capability.
+pub fn take_back(path: &Path) -> Result<()> {
+    let attempt = || format!("cannot take {} back", path.display());
+    let metadata = std::fs::symlink_metadata(path).with_context(attempt)?;
+    if metadata.uid() == nix::unistd::geteuid().as_raw() {
+        let mode = if metadata.is_dir() { 0o700 } else { 0o600 };
+        return std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).with_context(attempt);
+    }
+    if !metadata.is_file() || metadata.len() > READ_MAX {
+        bail!("{}: chown it", attempt());
+    }
+    std::fs::read(path).and_then(|bytes| write_bytes(path, &bytes)).with_context(attempt)
+}
+
+/// The temporary files in a directory, and for how long each has been there.
+pub fn temporaries(directory: &Path) -> Result<Vec<(PathBuf, Duration)>> {
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", directory.display())),
+    };
+    let temporary = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()));
+    // One that is gone by now was somebody's at work.
+    let with_age = temporary.filter_map(|entry| {
+        let age = SystemTime::now().duration_since(entry.metadata().ok()?.modified().ok()?).unwrap_or_default();
+        Some((entry.path(), age))
+    });
+    Ok(with_age.collect())
 }
 
 /// Checks that a state directory is safe to use: ours, closed to others, reached by no symbolic link, and below

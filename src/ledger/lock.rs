@@ -24,8 +24,15 @@ pub struct Locks(Vec<(PathBuf, Flock<File>)>);
 
 impl Locks {
     /// Takes all locks `names` in `directory` or none: nothing is held while another container is waited for, so that
-    /// two hooks can never wait for each other. `holder` is what others are told while we hold them.
-    pub fn take(directory: &Path, names: &[String], holder: &str, deadline: Deadline) -> Result<Self> {
+    /// two hooks can never wait for each other. `holder` is what others are told while we hold them. At the deadline
+    /// `give_up` sees those that are held, to discard what nobody else will.
+    pub fn take(
+        directory: &Path,
+        names: &[String],
+        holder: &str,
+        deadline: Deadline,
+        give_up: impl FnOnce(&Self),
+    ) -> Result<Self> {
         let mut pause = FIRST_PAUSE;
         loop {
             let mut held = Vec::with_capacity(names.len());
@@ -41,14 +48,15 @@ impl Locks {
                 None => return Ok(Self(held)),
                 Some(path) => path?,
             };
-            drop(held);
             if deadline.over() {
+                give_up(&Self(held));
                 bail!(
                     "{} is in use by {}; gave up at the deadline (deadline in config.toml)",
                     path.display(),
                     read_holder(&path).unwrap_or_else(|| "another process".into())
                 );
             }
+            drop(held);
             std::thread::sleep(pause.min(deadline.remaining()));
             // Odd steps by pid, so that many that were started at once do not keep step with each other.
             let step = 1.3 + f64::from(std::process::id() % 8) / 10.0;
@@ -122,25 +130,26 @@ mod tests {
     fn a_busy_lock_names_its_holder_at_the_deadline() {
         let directory = tempfile::tempdir().unwrap();
         let names = ["a".to_string(), "b".to_string()];
-        let held = Locks::take(directory.path(), &names[1..], "web", Deadline::after(Duration::ZERO)).unwrap();
-        let error =
-            Locks::take(directory.path(), &names, "db", Deadline::after(Duration::from_millis(5))).err().unwrap();
+        let held = Locks::take(directory.path(), &names[1..], "web", Deadline::after(Duration::ZERO), |_| {}).unwrap();
+        let error = Locks::take(directory.path(), &names, "db", Deadline::after(Duration::from_millis(5)), |_| {})
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("in use by web (pid"), "{error}");
         // `a` was not kept while `b` was waited for.
-        drop(Locks::take(directory.path(), &names[..1], "x", Deadline::after(Duration::ZERO)).unwrap());
+        drop(Locks::take(directory.path(), &names[..1], "x", Deadline::after(Duration::ZERO), |_| {}).unwrap());
         drop(held);
-        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO)).unwrap();
+        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO), |_| {}).unwrap();
     }
 
     #[test]
     fn a_discarded_lock_is_taken_anew() {
         let directory = tempfile::tempdir().unwrap();
         let names = ["a".to_string()];
-        let held = Locks::take(directory.path(), &names, "web", Deadline::after(Duration::ZERO)).unwrap();
+        let held = Locks::take(directory.path(), &names, "web", Deadline::after(Duration::ZERO), |_| {}).unwrap();
         held.discard("a").unwrap();
         assert!(!directory.path().join("a").exists());
         // The name is free although the old file is still locked.
-        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO)).unwrap();
+        Locks::take(directory.path(), &names, "db", Deadline::after(Duration::ZERO), |_| {}).unwrap();
     }
 
     #[test]
@@ -155,7 +164,8 @@ mod tests {
                         let mut names = ["a".to_string(), "b".to_string()];
                         names.rotate_left(thread % 2);
                         let locks =
-                            Locks::take(directory, &names, "t", Deadline::after(Duration::from_secs(20))).unwrap();
+                            Locks::take(directory, &names, "t", Deadline::after(Duration::from_secs(20)), |_| {})
+                                .unwrap();
                         let seen = *counter.lock().unwrap();
                         std::thread::yield_now();
                         *counter.lock().unwrap() = seen + 1;

@@ -8,6 +8,7 @@
 //! settings/SETTING/intent            a write that is under way
 //! conflicts                          a line per conflict
 //! failures                           a line per hook that failed
+//! damaged/                           what `repair` moved out of the way
 //! locks/{container:KEY,netns:NETNS,setting:SETTING}
 //! ```
 //!
@@ -20,7 +21,7 @@ pub mod setting;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -29,11 +30,45 @@ use serde::de::DeserializeOwned;
 use crate::deadline::Deadline;
 use crate::kernel::netns::NetnsId;
 use crate::request::setting::SettingKey;
+pub use files::Fault;
 pub use lock::Locks;
 use record::{Conflict, Failure, Record};
 
 /// When a history is larger than this, in bytes, it becomes the old one and the one before is dropped.
 const HISTORY_MAX: u64 = 256 * 1024;
+
+/// How long a hook waits for another one that moves a history away.
+const HISTORY_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The plain files directly in the state directory.
+const FILES: [&str; 4] = ["conflicts", "conflicts.old", "failures", "failures.old"];
+
+/// Something in the state directory that should not be there as it is.
+#[derive(Debug)]
+pub struct Oddity {
+    /// Where.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub trouble: Trouble,
+}
+
+/// What is wrong with a file or directory, its content aside.
+#[derive(Debug)]
+pub enum Trouble {
+    /// The ledger has nothing of that name or kind.
+    Stranger,
+    /// It has another owner, or is open to others.
+    NotOurs(String),
+}
+
+impl std::fmt::Display for Oddity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.trouble {
+            Trouble::Stranger => write!(f, "{} does not belong in the ledger", self.path.display()),
+            Trouble::NotOurs(wrong) => write!(f, "{} {wrong}", self.path.display()),
+        }
+    }
+}
 
 /// The ledger in one state directory.
 #[derive(Clone, Debug)]
@@ -51,9 +86,7 @@ impl Ledger {
         let ledger = Self { directory: directory.into() };
         // The one that is made last tells whether all are there.
         if !ledger.directory.join("locks").exists() {
-            for name in ["containers", "namespaces", "settings", "locks"] {
-                files::make_directory(&ledger.directory.join(name))?;
-            }
+            ledger.make_directories()?;
         }
         Ok(ledger)
     }
@@ -76,7 +109,16 @@ impl Ledger {
         names.extend(settings.iter().map(|key| format!("setting:{}", setting::directory_name(key))));
         names.sort_unstable();
         names.dedup();
-        Locks::take(&self.directory.join("locks"), &names, container, deadline)
+        Locks::take(&self.directory.join("locks"), &names, container, deadline, |held| {
+            // A container that never gets to start: nobody will release it.
+            if matches!(self.record(container), Ok(None)) {
+                let _ = held.discard(&format!("container:{container}"));
+                if let Some(id) = netns.filter(|id| self.members(id).is_ok_and(|members| members.is_empty())) {
+                    let _ = held.discard(&format!("netns:{}", id.file_name()));
+                }
+                let _ = self.discard_setting_locks(held, settings);
+            }
+        })
     }
 
     /// Forgets the locks of a container that is gone, and of its namespace if nobody is left in it.
@@ -109,14 +151,9 @@ impl Ledger {
 
     /// Writes a record and enters it into its namespace's list.
     pub fn write_record(&self, record: &Record) -> Result<()> {
-        let container = record.instance.container.key();
-        let members = self.directory.join("namespaces").join(record.instance.netns.file_name());
-        let member = members.join(&container);
-        if !member.exists() {
-            files::make_directory(&members)?;
-            drop(files::open_to_append(&member)?);
-        }
-        files::write(&self.directory.join("containers").join(container), record)
+        // The truth first: an entry in the list alone would be found by nobody.
+        files::write(&self.record_path(&record.instance.container.key()), record)?;
+        self.enter_namespace(record)
     }
 
     /// Removes a record and takes it off its namespace's list.
@@ -161,13 +198,166 @@ impl Ledger {
         setting::Page::new(&self.directory.join("settings"), key)
     }
 
-    /// All host-wide settings that the ledger knows; what cannot be read comes as its error.
-    pub fn settings(&self) -> Result<Vec<Result<setting::Setting>>> {
+    /// All host-wide settings that the ledger knows, and what cannot be read of them.
+    pub fn settings(&self) -> Result<(Vec<setting::Setting>, Vec<anyhow::Error>)> {
         let directory = self.directory.join("settings");
-        Ok(files::names(&directory)?
+        let mut settings = Vec::new();
+        let mut errors = Vec::new();
+        for name in files::names(&directory)?.into_iter().filter(|name| setting::key_of(name).is_some()) {
+            let survey = setting::Page::at(directory.join(name)).survey();
+            settings.extend(survey.setting);
+            errors.extend(survey.faults.into_iter().map(|(_, error)| error));
+        }
+        Ok((settings, errors))
+    }
+
+    /// The settings that the ledger has a page on.
+    pub fn setting_keys(&self) -> Result<Vec<SettingKey>> {
+        Ok(files::names(&self.directory.join("settings"))?.iter().filter_map(|name| setting::key_of(name)).collect())
+    }
+
+    /// The names of all records.
+    pub fn containers(&self) -> Result<Vec<String>> {
+        files::names(&self.directory.join("containers"))
+    }
+
+    /// The namespaces that have a list, by their file names, and who is on it.
+    pub fn namespaces(&self) -> Result<Vec<(String, Vec<String>)>> {
+        let directory = self.directory.join("namespaces");
+        let names = files::names(&directory)?.into_iter().filter(|name| directory.join(name).is_dir());
+        names.map(|name| Ok((name.clone(), files::names(&directory.join(name))?))).collect()
+    }
+
+    /// Takes locks by the names of their files, for what is not tied to one container.
+    pub fn lock_by_name(&self, names: &[String], holder: &str, deadline: Deadline) -> Result<Locks> {
+        Locks::take(&self.directory.join("locks"), names, holder, deadline, |_| {})
+    }
+
+    /// Enters a record into its namespace's list.
+    pub fn enter_namespace(&self, record: &Record) -> Result<()> {
+        let members = self.directory.join("namespaces").join(record.instance.netns.file_name());
+        let member = members.join(record.instance.container.key());
+        if !member.exists() {
+            files::make_directory(&members)?;
+            drop(files::open_to_append(&member)?);
+        }
+        Ok(())
+    }
+
+    /// Takes a container off a list that has this file name, and removes the list if it is empty.
+    pub fn strike_member(&self, netns: &str, container: Option<&str>) -> Result<()> {
+        let members = self.directory.join("namespaces").join(netns);
+        if let Some(container) = container {
+            files::remove(&members.join(container))?;
+        }
+        let _ = std::fs::remove_dir(&members);
+        Ok(())
+    }
+
+    /// Makes the directories that are missing.
+    pub fn make_directories(&self) -> Result<()> {
+        ["containers", "namespaces", "settings", "locks"]
             .iter()
-            .filter_map(|name| setting::Page::at(directory.join(name)).read().transpose())
-            .collect())
+            .try_for_each(|name| files::make_directory(&self.directory.join(name)))
+    }
+
+    /// Moves a damaged file out of the way and returns what to say about it.
+    pub fn move_aside(&self, path: &Path) -> Result<String> {
+        files::move_aside(&self.directory, path)
+    }
+
+    /// Where a container's record is.
+    pub fn record_path(&self, container: &str) -> PathBuf {
+        self.directory.join("containers").join(container)
+    }
+
+    /// What should not be there as it is; files whose content alone is wrong are not looked for.
+    pub fn oddities(&self) -> Result<Vec<Oddity>> {
+        let mut odd = Vec::new();
+        let mut look = |path: PathBuf, belongs: bool| {
+            let wrong = files::wrong_owner(&path);
+            if !belongs {
+                odd.push(Oddity { path, trouble: Trouble::Stranger });
+            } else if let Some(wrong) = wrong {
+                odd.push(Oddity { path, trouble: Trouble::NotOurs(wrong) });
+            }
+        };
+        let is_directory = |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+        for name in files::names(&self.directory)? {
+            let path = self.directory.join(&name);
+            let belongs = match name.as_str() {
+                "containers" | "namespaces" | "settings" | "locks" | "damaged" => is_directory(&path),
+                other => FILES.contains(&other) && !is_directory(&path),
+            };
+            look(path, belongs);
+        }
+        // The locks first: they are needed to mend the others.
+        for list in ["locks", "containers"] {
+            let directory = self.directory.join(list);
+            // Not a file: its content cannot be read, which is said elsewhere.
+            files::names(&directory)?.into_iter().for_each(|name| look(directory.join(name), true));
+        }
+        let namespaces = self.directory.join("namespaces");
+        for name in files::names(&namespaces)? {
+            let path = namespaces.join(name);
+            look(path.clone(), is_directory(&path));
+            if is_directory(&path) {
+                let members = files::names(&path)?.into_iter().map(|name| path.join(name));
+                members.for_each(|member| look(member.clone(), !is_directory(&member)));
+            }
+        }
+        let settings = self.directory.join("settings");
+        for name in files::names(&settings)? {
+            let path = settings.join(&name);
+            let belongs = is_directory(&path) && setting::key_of(&name).is_some();
+            look(path.clone(), belongs);
+            if !belongs {
+                continue;
+            }
+            for name in files::names(&path)? {
+                let inner = path.join(&name);
+                match name.as_str() {
+                    "claims" if is_directory(&inner) => {
+                        look(inner.clone(), true);
+                        files::names(&inner)?.into_iter().for_each(|claim| look(inner.join(claim), true));
+                    }
+                    "value" | "intent" => look(inner, true),
+                    _ => look(inner, false),
+                }
+            }
+        }
+        Ok(odd)
+    }
+
+    /// The lock under which a file of the ledger is written, by its name; none if there is none, or not one alone.
+    pub fn lock_of(&self, path: &Path) -> Option<String> {
+        let mut names = path.strip_prefix(&self.directory).ok()?.iter().map(|name| name.to_string_lossy());
+        match (names.next()?.as_ref(), names.next()?) {
+            ("containers", name) => Some(format!("container:{name}")),
+            ("namespaces", name) => Some(format!("netns:{name}")),
+            ("settings", name) => Some(format!("setting:{name}")),
+            _ => None,
+        }
+    }
+
+    /// Makes what has a wrong owner or mode ours alone again.
+    pub fn take_back(&self, path: &Path) -> Result<()> {
+        files::take_back(path)
+    }
+
+    /// Removes the temporary files of killed writers from these directories (of the ledger itself and its records if
+    /// none are given), those that are `age` old. Returns their number.
+    pub fn remove_temporaries(&self, directories: &[PathBuf], age: Duration) -> Result<usize> {
+        let own = [self.directory.clone(), self.directory.join("containers")];
+        let directories = if directories.is_empty() { &own[..] } else { directories };
+        let mut removed = 0;
+        for directory in directories {
+            for (path, _) in files::temporaries(directory)?.into_iter().filter(|(_, old)| *old >= age) {
+                files::remove(&path)?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 
     /// Appends conflicts to the history, which is bounded: the oldest half is dropped when it has grown too long.
@@ -190,7 +380,15 @@ impl Ledger {
             serde_json::to_writer(&mut lines, item)?;
             lines.push(b'\n');
         }
-        if std::fs::metadata(&path).is_ok_and(|meta| meta.len() > HISTORY_MAX) {
+        let is_full = || std::fs::metadata(&path).is_ok_and(|meta| meta.len() > HISTORY_MAX);
+        if is_full() {
+            // Looked at again under a lock: of two hooks that see it full, the second must not drop what the first kept.
+            let locks = self.directory.join("locks");
+            let deadline = Deadline::after(HISTORY_PATIENCE);
+            let _lock = Locks::take(&locks, &[format!("history:{name}")], "a history", deadline, |_| {})?;
+            if !is_full() {
+                return self.append(name, items);
+            }
             std::fs::rename(&path, self.directory.join(format!("{name}.old")))
                 .with_context(|| format!("cannot move {} away", path.display()))?;
         }

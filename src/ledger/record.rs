@@ -259,7 +259,8 @@ pub struct OwnedSetting {
     pub scope: Scope,
     /// What became of it.
     pub outcome: Outcome,
-    /// The value before ours, where a release has to put it back in this namespace.
+    /// The value before ours, where a release has to put it back in this namespace. Of a host-wide value that is
+    /// claimed: the value before the first claim; the setting's own page counts, and this restores it if it is lost.
     pub original: Option<String>,
     /// Whether it holds others back.
     pub claimed: bool,

@@ -96,6 +96,30 @@ pub fn directory_name(key: &SettingKey) -> String {
     }
 }
 
+/// The setting whose directory has this name.
+pub fn key_of(directory: &str) -> Option<SettingKey> {
+    let key = match directory.contains('~') {
+        true => SettingKey::sysctl(&directory.replace('~', "/")),
+        false => SettingKey::module(directory),
+    };
+    key.ok().filter(|key| directory_name(key) == directory)
+}
+
+/// What can be read of a page, and what cannot.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// What the page says, without what cannot be read. None without a value.
+    pub setting: Option<Setting>,
+    /// Whether the value's own file is there and can be read.
+    pub has_value: bool,
+    /// The write under way, also where the value is lost.
+    pub intent: Option<Intent>,
+    /// The claims, by the names of their files.
+    pub claims: Vec<(String, Claim)>,
+    /// The files that cannot be read, and why.
+    pub faults: Vec<(PathBuf, anyhow::Error)>,
+}
+
 /// The files of one setting.
 #[derive(Clone, Debug)]
 pub struct Page {
@@ -147,6 +171,59 @@ impl Page {
                 intent: Some(intent),
             }),
         })
+    }
+
+    /// Reads what can be read.
+    pub fn survey(&self) -> Survey {
+        let mut survey = Survey::default();
+        let path = self.directory.join("value");
+        let value = files::read::<Value>(&path).unwrap_or_else(|error| {
+            survey.faults.push((path, error));
+            None
+        });
+        let path = self.directory.join("intent");
+        survey.intent = files::read::<Intent>(&path).unwrap_or_else(|error| {
+            survey.faults.push((path, error));
+            None
+        });
+        let claims = self.directory.join("claims");
+        match files::names(&claims) {
+            Ok(names) => {
+                for name in names {
+                    match files::read::<Claim>(&claims.join(&name)) {
+                        Ok(claim) => survey.claims.extend(claim.map(|claim| (name, claim))),
+                        Err(error) => survey.faults.push((claims.join(name), error)),
+                    }
+                }
+            }
+            Err(error) => survey.faults.push((claims, error)),
+        }
+        survey.claims.sort_by_key(|(_, claim)| claim.time);
+        survey.has_value = value.is_some();
+        let value_is_lost = survey.faults.iter().any(|(path, _)| path.ends_with("value"));
+        let said = match (value, &survey.intent) {
+            (Some(Value { key, original, value, .. }), _) => Some((key, original, value)),
+            // As in `read_value`; not where the value was there once.
+            (None, Some(Intent { key, original, .. })) if !value_is_lost => {
+                Some((key.clone(), original.clone(), original.clone()))
+            }
+            _ => None,
+        };
+        survey.setting = said.map(|(key, original, value)| {
+            let claims = survey.claims.iter().map(|(_, claim)| claim.clone()).collect();
+            Setting { key, original, value, claims, intent: survey.intent.clone() }
+        });
+        survey
+    }
+
+    /// The directories of the page.
+    pub fn directories(&self) -> [PathBuf; 2] {
+        [self.directory.clone(), self.directory.join("claims")]
+    }
+
+    /// Makes the page's directory.
+    pub fn make(&self) -> Result<()> {
+        files::make_directory(&self.directory)
     }
 
     /// Announces a write, before the kernel is written.
@@ -291,7 +368,7 @@ impl Page {
     }
 
     /// Removes directories that have become empty; full ones stay.
-    fn tidy(&self) -> Result<()> {
+    pub fn tidy(&self) -> Result<()> {
         let _ = std::fs::remove_dir(self.directory.join("claims"));
         let _ = std::fs::remove_dir(&self.directory);
         Ok(())

@@ -379,7 +379,8 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
         draft.step(write(&case.value), Some(write(&actual)), case.wish.source.place.clone());
         written = Some(Written { before: actual.clone() });
     }
-    draft.plan.settings.push(case.owned(Scope::Host, outcome, None, true));
+    // The page's original counts; the record's is for the repair of a lost page.
+    draft.plan.settings.push(case.owned(Scope::Host, outcome, Some(original.clone()), true));
     draft.plan.claims.push(HostClaim {
         key: case.key.clone(),
         value: case.value.clone(),
