@@ -353,7 +353,12 @@ impl Work<'_> {
             // Perhaps there is nothing to do at all: the same start twice.
             let mut same = self.record(known, None);
             self.complete(&mut same)?;
-            if known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
+            // A release that was killed may have struck claims and left the record.
+            let claims_stand = known.plan.claims.iter().all(|claim| {
+                let own = known.own_claims.get(&claim.key);
+                own.is_some_and(|own| setting::same(&claim.key, &own.value, &claim.value))
+            });
+            if claims_stand && known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
                 return Ok(Done::Applied(Box::new(same), false));
             }
         }
@@ -390,6 +395,8 @@ impl Work<'_> {
                 ledger.setting(&claim.key).intend(&self.instance, &claim.key, &written.before, &claim.value)?;
             }
         }
+        // Before the kernel is changed: whoever finishes it after a kill sees no conflict any more.
+        ledger.record_conflicts(&plan.conflicts)?;
         for step in &plan.steps {
             progress.begun += 1;
             self.kernel.perform(&step.change).with_context(|| format!("asked for by {}", step.why))?;
@@ -399,7 +406,6 @@ impl Work<'_> {
         self.kernel.confirm(&changes)?;
         let mut record = self.record(known, None);
         self.complete(&mut record)?;
-        ledger.record_conflicts(&plan.conflicts)?;
         for claim in &plan.claims {
             let page = ledger.setting(&claim.key);
             page.enter(claim, &self.instance)?;

@@ -343,8 +343,8 @@ pub fn give_up_claims(
                     kernel.confirm(&[&change])?;
                 }
                 page.set_value(key, &setting.original, back)?;
-                page.fulfil()?;
                 page.mark_overridden(&left, back)?;
+                page.fulfil()?;
             }
         }
         for claim in &struck {

@@ -166,7 +166,9 @@ impl Visit {
             .with_context(|| format!("cannot enter the user namespace {path} (only its owner and root may)"))?;
         self.one_way = true;
         setns(self.target.file.as_fd(), CloneFlags::CLONE_NEWNET)
-            .with_context(|| format!("cannot enter the network namespace {}", self.target.path.display()))
+            .with_context(|| format!("cannot enter the network namespace {}", self.target.path.display()))?;
+        // The user namespace gave all of its capabilities.
+        crate::privileges::begin()
     }
 
     /// Comes back to the hook's own namespace.

@@ -33,30 +33,36 @@ impl Locks {
         deadline: Deadline,
         give_up: impl FnOnce(&Self),
     ) -> Result<Self> {
+        let mut paths: Vec<PathBuf> = names.iter().map(|name| directory.join(name)).collect();
         let mut pause = FIRST_PAUSE;
         loop {
-            let mut held = Vec::with_capacity(names.len());
-            let busy = names.iter().map(|name| directory.join(name)).find_map(|path| match try_take(&path, holder) {
-                Ok(Some(lock)) => {
-                    held.push((path, lock));
-                    None
+            let mut held = Self(Vec::with_capacity(paths.len()));
+            let mut busy = None;
+            for (position, path) in paths.iter().enumerate() {
+                match try_take(path, holder)? {
+                    Some(lock) => held.0.push((path.clone(), lock)),
+                    None => {
+                        busy = Some(position);
+                        break;
+                    }
                 }
-                Ok(None) => Some(Ok(path)),
-                Err(error) => Some(Err(error)),
-            });
-            let path = match busy {
-                None => return Ok(Self(held)),
-                Some(path) => path?,
-            };
+            }
+            let Some(position) = busy else { return Ok(held) };
             if deadline.over() {
-                give_up(&Self(held));
+                for path in &paths[position + 1..] {
+                    held.0.extend(try_take(path, holder)?.map(|lock| (path.clone(), lock)));
+                }
+                give_up(&held);
                 bail!(
                     "{} is in use by {}; gave up at the deadline (deadline in config.toml)",
-                    path.display(),
-                    read_holder(&path).unwrap_or_else(|| "another process".into())
+                    paths[position].display(),
+                    read_holder(&paths[position]).unwrap_or_else(|| "another process".into())
                 );
             }
             drop(held);
+            // It comes first from now on: as long as it is busy, nothing else is touched.
+            let path = paths.remove(position);
+            paths.insert(0, path);
             std::thread::sleep(pause.min(deadline.remaining()));
             // Odd steps by pid, so that many that were started at once do not keep step with each other.
             let step = 1.3 + f64::from(std::process::id() % 8) / 10.0;

@@ -52,6 +52,15 @@ pub struct Oddity {
     pub trouble: Trouble,
 }
 
+/// What the ledger has under a name.
+#[derive(Clone, Copy)]
+enum Expected {
+    Directory,
+    File,
+    Anything,
+    Nothing,
+}
+
 /// What is wrong with a file or directory, its content aside.
 #[derive(Debug)]
 pub enum Trouble {
@@ -274,55 +283,65 @@ impl Ledger {
     /// What should not be there as it is; files whose content alone is wrong are not looked for.
     pub fn oddities(&self) -> Result<Vec<Oddity>> {
         let mut odd = Vec::new();
-        let mut look = |path: PathBuf, belongs: bool| {
-            let wrong = files::wrong_owner(&path);
-            if !belongs {
-                odd.push(Oddity { path, trouble: Trouble::Stranger });
-            } else if let Some(wrong) = wrong {
-                odd.push(Oddity { path, trouble: Trouble::NotOurs(wrong) });
-            }
-        };
-        let is_directory = |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-        for name in files::names(&self.directory)? {
-            let path = self.directory.join(&name);
-            let belongs = match name.as_str() {
-                "containers" | "namespaces" | "settings" | "locks" | "damaged" => is_directory(&path),
-                other => FILES.contains(&other) && !is_directory(&path),
+        // Whether it is a directory that is to be looked into. What is gone meanwhile was no oddity.
+        let mut look = |path: &Path, expected: Expected| -> bool {
+            let Ok(metadata) = std::fs::symlink_metadata(path) else { return false };
+            let belongs = match expected {
+                Expected::Directory => metadata.is_dir(),
+                Expected::File => !metadata.is_dir(),
+                Expected::Anything => true,
+                Expected::Nothing => false,
             };
-            look(path, belongs);
+            let trouble = match files::wrong_owner(path) {
+                _ if !belongs => Some(Trouble::Stranger),
+                wrong => wrong.map(Trouble::NotOurs),
+            };
+            odd.extend(trouble.map(|trouble| Oddity { path: path.into(), trouble }));
+            belongs && metadata.is_dir()
+        };
+        for name in files::names(&self.directory)? {
+            let expected = match name.as_str() {
+                "containers" | "namespaces" | "settings" | "locks" | "damaged" => Expected::Directory,
+                other if FILES.contains(&other) => Expected::File,
+                _ => Expected::Nothing,
+            };
+            look(&self.directory.join(&name), expected);
         }
         // The locks first: they are needed to mend the others.
         for list in ["locks", "containers"] {
             let directory = self.directory.join(list);
-            // Not a file: its content cannot be read, which is said elsewhere.
-            files::names(&directory)?.into_iter().for_each(|name| look(directory.join(name), true));
+            for name in files::names(&directory)? {
+                // Not a file: its content cannot be read, which is said elsewhere.
+                look(&directory.join(name), Expected::Anything);
+            }
         }
         let namespaces = self.directory.join("namespaces");
         for name in files::names(&namespaces)? {
             let path = namespaces.join(name);
-            look(path.clone(), is_directory(&path));
-            if is_directory(&path) {
-                let members = files::names(&path)?.into_iter().map(|name| path.join(name));
-                members.for_each(|member| look(member.clone(), !is_directory(&member)));
+            if look(&path, Expected::Directory) {
+                for member in files::names(&path)? {
+                    look(&path.join(member), Expected::File);
+                }
             }
         }
         let settings = self.directory.join("settings");
         for name in files::names(&settings)? {
             let path = settings.join(&name);
-            let belongs = is_directory(&path) && setting::key_of(&name).is_some();
-            look(path.clone(), belongs);
-            if !belongs {
+            let expected = if setting::key_of(&name).is_some() { Expected::Directory } else { Expected::Nothing };
+            if !look(&path, expected) {
                 continue;
             }
             for name in files::names(&path)? {
                 let inner = path.join(&name);
-                match name.as_str() {
-                    "claims" if is_directory(&inner) => {
-                        look(inner.clone(), true);
-                        files::names(&inner)?.into_iter().for_each(|claim| look(inner.join(claim), true));
+                let expected = match name.as_str() {
+                    "claims" => Expected::Directory,
+                    "value" | "intent" => Expected::Anything,
+                    _ => Expected::Nothing,
+                };
+                if look(&inner, expected) && name == "claims" {
+                    for claim in files::names(&inner)? {
+                        look(&inner.join(claim), Expected::Anything);
                     }
-                    "value" | "intent" => look(inner, true),
-                    _ => look(inner, false),
                 }
             }
         }

@@ -356,6 +356,9 @@ impl Page {
         // The write happened: the value is ours. Whether anybody still wants it is for the next step to see.
         if setting::same(&intent.key, actual, &intent.wanted) {
             self.set_value(&intent.key, &setting.original, &intent.wanted)?;
+            if let Some(now) = self.read()? {
+                self.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &intent.wanted)?;
+            }
         }
         // It did not, or somebody else has written since: nothing to do about it.
         self.withdraw()

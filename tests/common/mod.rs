@@ -8,6 +8,7 @@
 //! | [`proof`] | what every runtime has to show of a backup path, in `status`, in the kernel and on the wire |
 //! | [`oci`] | [`Bundle`], [`Container`]: a `config.json` with hooks, run by crun or runc |
 //! | [`traffic`] | [`Server`], [`Sender`]: real Multipath TCP with a known number of bytes |
+//! | [`tracer`] | [`tracer::Launcher`]: programs that are killed at a chosen system call |
 //! | [`capture`] | [`Capture`]: packets as they were on the wire, their MPTCP options decoded |
 //! | [`observe`] | what the kernel, the hook's `status` and its log say |
 //!
@@ -24,6 +25,7 @@ pub mod oci;
 pub mod paths;
 pub mod proof;
 pub mod sandbox;
+pub mod tracer;
 pub mod traffic;
 
 use std::fs::File;
