@@ -9,7 +9,7 @@ use crate::error::{exit_status, refused, usage};
 use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
-use crate::kernel::{self, Change, Kernel, RouteState, Seen};
+use crate::kernel::{self, Change, Kernel, RouteState, Seen, sysctl};
 use crate::ledger::record::{Conflict, ConflictOutcome, Record, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
@@ -56,7 +56,7 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
         }
         return Err(refused(reason));
     }
-    visit.look_before(call.request.settings().into_keys().cloned());
+    sysctl::look_before(&mut visit, call.request.settings().into_keys().cloned());
     // Before going in: in another user namespace nobody's files look like ours.
     let ledger = match dry_run {
         true => Ledger::open(&context.state_dir)?,

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
-use super::{Seen, sysctl};
+use super::Seen;
 use crate::request::setting::SettingKey;
 
 /// The inode number of the initial user namespace (`PROC_USER_INIT_INO`, kernel `include/linux/proc_ns.h`).
@@ -121,12 +121,14 @@ impl Visit {
         self.target.inode
     }
 
-    /// Looks at the settings from outside, for a visit from which there may be no way back.
-    pub fn look_before(&mut self, keys: impl Iterator<Item = SettingKey>) {
-        let returns = in_initial_user_namespace() && nix::unistd::geteuid().is_root();
-        if !self.inside && !returns {
-            self.seen_outside = keys.map(|key| (key.clone(), sysctl::look(&key))).collect();
-        }
+    /// Whether there may be no way back, so that what is outside has to be looked at before going in.
+    pub fn may_be_one_way(&self) -> bool {
+        !self.inside && !(in_initial_user_namespace() && nix::unistd::geteuid().is_root())
+    }
+
+    /// Keeps what was seen outside before going in.
+    pub fn remember_outside(&mut self, seen: BTreeMap<SettingKey, Seen>) {
+        self.seen_outside = seen;
     }
 
     /// What was seen of a setting before going in.

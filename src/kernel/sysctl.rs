@@ -67,6 +67,13 @@ pub fn look(key: &SettingKey) -> Seen {
     }
 }
 
+/// Looks at the settings from outside before a visit from which there may be no way back.
+pub fn look_before(visit: &mut Visit, keys: impl Iterator<Item = SettingKey>) {
+    if visit.may_be_one_way() {
+        visit.remember_outside(keys.map(|key| (key.clone(), look(&key))).collect());
+    }
+}
+
 /// Looks at the settings from outside and from inside; the thread is inside afterwards.
 pub fn look_around(visit: &mut Visit, keys: &[SettingKey]) -> Result<BTreeMap<SettingKey, SeenSetting>> {
     let mut settings: BTreeMap<SettingKey, SeenSetting> = BTreeMap::new();
