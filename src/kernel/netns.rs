@@ -123,7 +123,8 @@ impl Visit {
 
     /// Whether there may be no way back, so that what is outside has to be looked at before going in.
     pub fn may_be_one_way(&self) -> bool {
-        !self.inside && !(in_initial_user_namespace() && nix::unistd::geteuid().is_root())
+        let is_host_root = in_initial_user_namespace() && nix::unistd::geteuid().is_root();
+        !self.inside && !is_host_root
     }
 
     /// Keeps what was seen outside before going in.
