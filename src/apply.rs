@@ -9,7 +9,7 @@ use crate::error::{exit_status, refused, usage};
 use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
-use crate::kernel::{self, Change, Kernel, RouteState, Seen, sysctl};
+use crate::kernel::{self, Change, Facts, Kernel, RouteState, Seen, sysctl};
 use crate::ledger::record::{Conflict, ConflictOutcome, Record, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
@@ -125,11 +125,19 @@ struct Known {
     record: Option<Record>,
     /// The same, if it speaks of this namespace.
     previous: Option<Record>,
-    /// The container's present claims on host-wide settings.
-    own_claims: BTreeMap<SettingKey, Claim>,
-    /// What the ledger says of the host-wide settings that are asked for.
-    pages: BTreeMap<SettingKey, Setting>,
+    host: HostSide,
     plan: Plan,
+}
+
+/// What the ledger has of the host-wide settings that are asked for.
+#[derive(Default)]
+struct HostSide {
+    /// For the plan.
+    settings: BTreeMap<SettingKey, HostSetting>,
+    /// The pages as they were read.
+    pages: BTreeMap<SettingKey, Setting>,
+    /// The container's own present claims.
+    own_claims: BTreeMap<SettingKey, Claim>,
 }
 
 impl Work<'_> {
@@ -208,59 +216,12 @@ impl Work<'_> {
             Some(ledger) => ledger.others(&container, &self.instance.netns, &self.instance.boot_id)?,
             None => Default::default(),
         };
-        let mut host = BTreeMap::new();
-        let mut own_claims = BTreeMap::new();
-        let mut pages = BTreeMap::new();
-        let mut abandoned = Vec::new();
-        if let Some(ledger) = ledger {
-            for (key, seen) in &facts.settings {
-                if scope::of(key, facts.kind, &facts.release, seen) != Ok(ledger::record::Scope::Host)
-                    || !keys.contains(key)
-                {
-                    continue;
-                }
-                let page = ledger.setting(key);
-                if locked.is_some_and(|locked| locked.contains(key)) {
-                    if let Some(actual) = seen.host.value() {
-                        page.recover(actual)?;
-                    }
-                }
-                // Who else relies on it matters only where it has to change: a shared start reads one small file.
-                let wanted = request.settings().get(key).map(|(_, value)| *value);
-                let as_wanted = seen.host.value().zip(wanted).is_some_and(|(a, b)| setting::same(key, a, b));
-                let setting = if as_wanted { page.read_value()? } else { page.read()? };
-                let Some(setting) = setting else { continue };
-                own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
-                pages.insert(key.clone(), setting.clone());
-                if !as_wanted {
-                    if let Some(back) = setting.left_behind(&self.instance.boot_id) {
-                        abandoned.push((key.clone(), back.to_string()));
-                    }
-                }
-                host.insert(key.clone(), self.host_setting(&setting));
-            }
-        }
-        // What dead containers left behind holds nobody from the moment that anybody looks.
-        for (key, back) in abandoned {
-            if let (Some(ledger), true) = (ledger, locked.is_some_and(|locked| locked.contains(&key))) {
-                let keys = std::slice::from_ref(&key);
-                let kernel = self.kernel.as_mut();
-                let drifted = release::give_up_claims(ledger, kernel, &self.instance, keys, Whose::Dead)?;
-                ledger.record_conflicts(&drifted)?;
-                facts.settings.extend(self.kernel.facts(keys)?.settings);
-                host.remove(&key);
-                pages.remove(&key);
-                if let Some(setting) = ledger.setting(&key).read()? {
-                    host.insert(key.clone(), self.host_setting(&setting));
-                    pages.insert(key, setting);
-                }
-            } else if let Some(seen) = facts.settings.get_mut(&key) {
-                seen.host = Seen::Writable(back);
-                if let Some(page) = host.get_mut(&key) {
-                    page.value = seen.host.value().unwrap_or_default().into();
-                }
-            }
-        }
+        let wanted: BTreeMap<SettingKey, String> =
+            request.settings().into_iter().map(|(key, (_, value))| (key.clone(), value.into())).collect();
+        let host = match ledger {
+            Some(ledger) => self.host_side(ledger, locked, &wanted, &mut facts)?,
+            None => HostSide::default(),
+        };
         // An earlier life in this very namespace; without a cookie the inode may be another one's by now.
         let same_netns = record.as_ref().is_some_and(|record| record.instance.netns == self.instance.netns);
         let is_sure = same_life || same_netns && self.instance.netns.cookie.is_some();
@@ -274,10 +235,66 @@ impl Work<'_> {
             previous: previous.as_ref(),
             siblings: &siblings,
             departed: &departed,
-            host: &host,
+            host: &host.settings,
             time: ledger::now(),
         })?;
-        Ok(Known { request, record, previous, own_claims, pages, plan })
+        Ok(Known { request, record, previous, host, plan })
+    }
+
+    /// Reads the ledger's pages on the host-wide settings among `wanted`. What a killed hook or dead containers left
+    /// behind is settled, if the setting's lock is held; `facts` are as the kernel is, or would be, after that.
+    fn host_side(
+        &mut self,
+        ledger: &Ledger,
+        locked: Option<&[SettingKey]>,
+        wanted: &BTreeMap<SettingKey, String>,
+        facts: &mut Facts,
+    ) -> Result<HostSide> {
+        let container = self.instance.container.key();
+        let is_locked = |key: &SettingKey| locked.is_some_and(|locked| locked.contains(key));
+        let mut side = HostSide::default();
+        let mut left_behind = Vec::new();
+        for (key, wanted) in wanted {
+            let Some(seen) = facts.settings.get(key) else { continue };
+            if scope::of(key, facts.kind, &facts.release, seen) != Ok(ledger::record::Scope::Host) {
+                continue;
+            }
+            let page = ledger.setting(key);
+            let actual = seen.host.value();
+            if let Some(actual) = actual.filter(|_| is_locked(key)) {
+                page.recover(actual)?;
+            }
+            // Who else relies on it matters only where it has to change: a shared start reads one small file.
+            let as_wanted = actual.is_some_and(|actual| setting::same(key, actual, wanted));
+            let Some(setting) = (if as_wanted { page.read_value()? } else { page.read()? }) else { continue };
+            side.own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
+            if let Some(back) = setting.left_behind(&self.instance.boot_id).filter(|_| !as_wanted) {
+                left_behind.push((key.clone(), back.to_string()));
+            }
+            side.settings.insert(key.clone(), self.host_setting(&setting));
+            side.pages.insert(key.clone(), setting);
+        }
+        // What dead containers left behind holds nobody from the moment that anybody looks.
+        for (key, back) in left_behind {
+            if is_locked(&key) {
+                let keys = std::slice::from_ref(&key);
+                let drifted = release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, keys, Whose::Dead)?;
+                ledger.record_conflicts(&drifted)?;
+                facts.settings.extend(self.kernel.facts(keys)?.settings);
+                side.settings.remove(&key);
+                side.pages.remove(&key);
+                if let Some(setting) = ledger.setting(&key).read()? {
+                    side.settings.insert(key.clone(), self.host_setting(&setting));
+                    side.pages.insert(key, setting);
+                }
+            } else if let Some(seen) = facts.settings.get_mut(&key) {
+                if let Some(page) = side.settings.get_mut(&key) {
+                    page.value.clone_from(&back);
+                }
+                seen.host = Seen::Writable(back);
+            }
+        }
+        Ok(side)
     }
 
     fn host_setting(&self, setting: &Setting) -> HostSetting {
@@ -355,7 +372,7 @@ impl Work<'_> {
             self.complete(&mut same)?;
             // A release that was killed may have struck claims and left the record.
             let claims_stand = known.plan.claims.iter().all(|claim| {
-                let own = known.own_claims.get(&claim.key);
+                let own = known.host.own_claims.get(&claim.key);
                 own.is_some_and(|own| setting::same(&claim.key, &own.value, &claim.value))
             });
             if claims_stand && known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
@@ -464,7 +481,7 @@ impl Work<'_> {
         let settle = || -> Result<()> {
             for claim in &known.plan.claims {
                 let page = ledger.setting(&claim.key);
-                let (before, own) = (known.pages.get(&claim.key), known.own_claims.get(&claim.key));
+                let (before, own) = (known.host.pages.get(&claim.key), known.host.own_claims.get(&claim.key));
                 page.leave_as_before(&self.instance, before, own)?;
             }
             match &known.record {

@@ -157,9 +157,8 @@ enum Id {
     Module,
     OnConflict,
     Name,
-    Routes,
-    Mptcp,
-    Follow,
+    /// Only one of its values is in this version.
+    PartlyBuilt,
     Pid,
     Netns,
     DryRun,
@@ -226,9 +225,9 @@ const FLAGS: &[Flag] = &[
         "What to do where others rely on another value; refuse if not said.",
     ),
     flag(Id::Name, "name", Some("NAME"), REQUEST, "The name to show, and of the file in containers.d."),
-    flag(Id::Routes, "routes", Some("off"), REQUEST, "auto is not in this version yet."),
-    flag(Id::Mptcp, "mptcp", Some("default"), REQUEST, "off and force are not in this version yet."),
-    flag(Id::Follow, "follow", Some("never"), REQUEST, "auto and always are not in this version yet."),
+    flag(Id::PartlyBuilt, "routes", Some("off"), REQUEST, "auto is not in this version yet."),
+    flag(Id::PartlyBuilt, "mptcp", Some("default"), REQUEST, "off and force are not in this version yet."),
+    flag(Id::PartlyBuilt, "follow", Some("never"), REQUEST, "auto and always are not in this version yet."),
     flag(Id::Pid, "pid", Some("PID"), TARGET, "TARGET: the namespace of this process."),
     flag(
         Id::Netns,
@@ -363,13 +362,9 @@ impl Read {
             Id::Module => pair().and_then(|(key, value)| request::module(key, value)),
             Id::OnConflict => value.parse().map(What::OnConflict),
             Id::Name => request::name(value),
-            Id::Routes | Id::Mptcp | Id::Follow => {
-                let (built, known): (&str, &[&str]) = match flag.id {
-                    Id::Routes => ("off", &["auto", "off"]),
-                    Id::Mptcp => ("default", &["default", "off", "force"]),
-                    _ => ("never", &["auto", "always", "never"]),
-                };
-                return request::not_built_yet(flag.long, value, built, known).map_err(usage);
+            Id::PartlyBuilt => {
+                let option = request::partly_built(flag.long);
+                return option.map_or(Ok(()), |option| option.check(value)).map_err(usage);
             }
             Id::Pid => return self.pid(value),
             Id::Netns => return self.set_target(Target::Netns(value.into())),

@@ -34,17 +34,6 @@ const BACKUP: &str = "--annotation=mptcp-hook/interface.eth1=backup";
 /// An unprivileged user who has no other processes.
 const USER: u32 = 54_242;
 
-macro_rules! with_each_runtime {
-    ($($scenario:ident),* $(,)?) => {
-        mod crun {
-            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Crun) })*
-        }
-        mod runc {
-            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Runc) })*
-        }
-    };
-}
-
 with_each_runtime! {
     podman_upstream_backup_join_traffic_failover,
     podman_either_default_route_first_with_both_interfaces_named,

@@ -11,17 +11,6 @@ use std::time::Duration;
 use common::*;
 use serde_json::json;
 
-macro_rules! with_each_runtime {
-    ($($scenario:ident),* $(,)?) => {
-        mod crun {
-            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Crun) })*
-        }
-        mod runc {
-            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Runc) })*
-        }
-    };
-}
-
 with_each_runtime! {
     prestart_upstream_backup_join_traffic_failover,
     createruntime_upstream_backup_join_traffic_failover,

@@ -142,16 +142,12 @@ fn parse<'a>(
 /// What one of the options at the top of the file asks for; None if the entry is none of them. `[match]` asks for
 /// nothing and was read before.
 fn option(document: &mut Document, entry: &Entry<'_>) -> Option<Option<What>> {
-    let mut later = |built: &str, known: &[&str]| {
-        let key = entry.key.as_str();
-        document.parsed(entry, &known.join(", "), |text| request::not_built_yet(key, text, built, known));
-        Some(None)
-    };
+    if let Some(option) = request::partly_built(entry.key.as_str()) {
+        document.parsed(entry, &option.values(), |text| option.check(text));
+        return Some(None);
+    }
     match entry.key.as_str() {
         "match" => Some(None),
-        "routes" => later("off", &["auto", "off"]),
-        "mptcp" => later("default", &["default", "off", "force"]),
-        "follow" => later("never", &["auto", "always", "never"]),
         "name" => Some(document.parsed(entry, "a string", request::name)),
         "on-conflict" => {
             Some(document.parsed(entry, "refuse, warn or override", |text| text.parse().map(What::OnConflict)))

@@ -57,14 +57,14 @@ fn annotation(name: &str, value: &str) -> Result<Vec<What>, String> {
     if let Some(key) = name.strip_prefix("module.") {
         return one(super::module(key, value));
     }
+    if let Some(option) = super::partly_built(name) {
+        return option.check(value).map(|()| Vec::new());
+    }
     match name {
         "interfaces" => list(value, "NAME=FLAGS", super::interface),
         "sysctls" => list(value, "KEY=VALUE", super::sysctl),
         "on-conflict" => one(value.parse().map(What::OnConflict)),
         "name" => one(super::name(value)),
-        "routes" => super::not_built_yet("routes", value, "off", &["auto", "off"]).map(|()| Vec::new()),
-        "mptcp" => super::not_built_yet("mptcp", value, "default", &["default", "off", "force"]).map(|()| Vec::new()),
-        "follow" => super::not_built_yet("follow", value, "never", &["auto", "always", "never"]).map(|()| Vec::new()),
         _ => {
             // `interface.` stands for all its names: compare the word before the first dot, too.
             let head = name.split('.').next().unwrap_or(name);

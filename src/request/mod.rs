@@ -413,14 +413,40 @@ pub fn name(text: &str) -> Result<What, String> {
     Ok(What::Name(text.into()))
 }
 
-/// Reads an option whose other values are not built yet: it must say so instead of pretending.
-pub fn not_built_yet(option: &str, value: &str, built: &str, known: &[&str]) -> Result<(), String> {
-    if value == built {
-        Ok(())
-    } else if known.contains(&value) {
-        Err(format!("{option}={value} is not in this version yet; it knows only {option}={built}"))
-    } else {
-        Err(format!("{option}=\"{}\" is not one of {}", shown(value), known.join(", ")))
+/// An option of which this version has one value alone.
+pub struct PartlyBuilt {
+    name: &'static str,
+    built: &'static str,
+    known: &'static [&'static str],
+}
+
+const PARTLY_BUILT: [PartlyBuilt; 3] = [
+    PartlyBuilt { name: "routes", built: "off", known: &["auto", "off"] },
+    PartlyBuilt { name: "mptcp", built: "default", known: &["default", "off", "force"] },
+    PartlyBuilt { name: "follow", built: "never", known: &["auto", "always", "never"] },
+];
+
+/// The partly built option of that name, if there is one.
+pub fn partly_built(name: &str) -> Option<&'static PartlyBuilt> {
+    PARTLY_BUILT.iter().find(|option| option.name == name)
+}
+
+impl PartlyBuilt {
+    /// Checks a value: what is not built says so instead of pretending.
+    pub fn check(&self, value: &str) -> Result<(), String> {
+        let Self { name, built, .. } = self;
+        if value == *built {
+            Ok(())
+        } else if self.known.contains(&value) {
+            Err(format!("{name}={value} is not in this version yet; it knows only {name}={built}"))
+        } else {
+            Err(format!("{name}=\"{}\" is not one of {}", shown(value), self.values()))
+        }
+    }
+
+    /// All its values, for messages.
+    pub fn values(&self) -> String {
+        self.known.join(", ")
     }
 }
 

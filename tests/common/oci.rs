@@ -9,6 +9,19 @@ use serde_json::{Value, json};
 use super::sandbox::{Netns, Outcome, Running, Sandbox};
 use super::{hook, require, traffic, traffic_program};
 
+/// Makes the tests `crun::SCENARIO` and `runc::SCENARIO` of functions of the runtime.
+#[macro_export]
+macro_rules! with_each_runtime {
+    ($($scenario:ident),* $(,)?) => {
+        mod crun {
+            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Crun) })*
+        }
+        mod runc {
+            $(#[test] fn $scenario() { super::$scenario(super::Runtime::Runc) })*
+        }
+    };
+}
+
 /// A low-level runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
