@@ -252,8 +252,11 @@ const FLAGS: &[Flag] = &[
 pub fn peek(arguments: &[OsString]) -> Option<Verb> {
     let mut arguments = arguments.iter().map(|argument| argument.to_string_lossy());
     let mut verb = None;
+    let named = |word: &str| VERBS.iter().find(|v| v.name == word).map(|v| v.verb);
     while let Some(argument) = arguments.next() {
         match argument.strip_prefix("--") {
+            // What follows are words, whatever they look like.
+            Some("") => return verb.or_else(|| named(&arguments.next()?)),
             Some("help" | "version") => return None,
             // `--config FILE oci`: the value is no verb.
             Some(long) if FLAGS.iter().any(|flag| flag.long == long && flag.value.is_some()) => {
@@ -261,7 +264,7 @@ pub fn peek(arguments: &[OsString]) -> Option<Verb> {
             }
             Some(_) => {}
             None if argument == "-h" || argument == "-V" => return None,
-            None if verb.is_none() => verb = VERBS.iter().find(|v| v.name == argument).map(|v| v.verb),
+            None if verb.is_none() => verb = named(&argument),
             None => {}
         }
     }
@@ -296,7 +299,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<(Globals, Action)> {
                 };
                 given.push((flag, value));
             }
-            Arg::Short(c) => return Err(usage(format!("unknown option -{c}; see mptcp-hook --help"))),
+            Arg::Short(c) => return Err(usage(format!("unknown option -{}; see mptcp-hook --help", c.escape_debug()))),
             Arg::Value(value) => {
                 let word = value.into_string().map_err(|_| usage("an argument is not UTF-8"))?;
                 if verb.is_none() {
@@ -532,6 +535,8 @@ mod tests {
         assert_eq!(verb("status oci"), Some(Verb::Status));
         assert_eq!(verb("apply --name oci x"), Some(Verb::Apply));
         assert_eq!(verb("oci --help"), None);
+        assert_eq!(verb("oci -- -h"), Some(Verb::Oci));
+        assert_eq!(verb("-- oci --help"), Some(Verb::Oci));
     }
 
     #[test]

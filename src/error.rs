@@ -35,6 +35,15 @@ pub fn refused(message: impl Into<String>) -> anyhow::Error {
     Refused(message.into()).into()
 }
 
+/// Somebody else's message in one of ours: on one line, without control characters.
+pub fn plain(message: impl fmt::Display) -> String {
+    let mut plain = String::new();
+    for c in message.to_string().chars() {
+        if c.is_control() { plain.extend(c.escape_debug()) } else { plain.push(c) }
+    }
+    plain
+}
+
 /// What somebody wrote, for a message: without control characters, and cut where it is long.
 pub fn shown(text: &str) -> String {
     const LENGTH: usize = 80;

@@ -60,7 +60,8 @@ impl Bundle {
         if text.len() as u64 > SIZE_MAX {
             bail!("{} is larger than {SIZE_MAX} bytes", path.display());
         }
-        serde_json::from_slice(&text).with_context(|| format!("cannot understand {}", path.display()))
+        serde_json::from_slice(&text)
+            .map_err(|e| anyhow::anyhow!("cannot understand {}: {}", path.display(), crate::error::plain(e)))
     }
 
     /// `linux.sysctl` as wishes of the runtime. What is not ours to judge (kernel.*, a key that no kernel has) is the

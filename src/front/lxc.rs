@@ -13,7 +13,7 @@ use crate::request::{Request, What, Wish};
 
 /// The variables that LXC sets for its hooks.
 #[derive(Debug, Default)]
-pub struct Variables(Vec<(&'static str, String)>);
+pub struct Variables(pub(crate) Vec<(&'static str, String)>);
 
 impl Variables {
     const NAMES: [&'static str; 5] = ["LXC_NAME", "LXC_PID", "LXC_CONFIG_FILE", "LXC_HOOK_VERSION", "LXC_HOOK_TYPE"];

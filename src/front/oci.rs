@@ -66,8 +66,9 @@ pub fn parse(text: &[u8]) -> Result<Checked> {
     if text.len() > STATE_MAX {
         return Err(usage(format!("the state on standard input is larger than {STATE_MAX} bytes")));
     }
-    let state: State = serde_json::from_slice(text)
-        .map_err(|e| usage(format!("the state on standard input is not the OCI runtime-spec's: {e}")))?;
+    let state: State = serde_json::from_slice(text).map_err(|e| {
+        usage(format!("the state on standard input is not the OCI runtime-spec's: {}", crate::error::plain(e)))
+    })?;
     // The library takes a state without status for a stopped one.
     #[derive(Deserialize)]
     struct Required {
@@ -200,5 +201,7 @@ mod tests {
                 .contains("character")
         );
         assert!(error(r#"{"ociVersion":"1.0.0","id":"a","status":"created","pid":5,"bundle":""}"#).contains("bundle"));
+        let hostile = error(r#"{"ociVersion":"1.0.0","id":"a","status":"x\u001b[2J","pid":5,"bundle":"/b"}"#);
+        assert!(!hostile.contains(char::is_control), "{hostile:?}");
     }
 }

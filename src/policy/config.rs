@@ -119,7 +119,7 @@ pub fn load(path: &Path, must_exist: bool, initial_user_namespace: bool) -> anyh
 }
 
 /// Reads a policy from the `text` of the file at `path`.
-fn parse(path: &Path, text: &str) -> anyhow::Result<Policy> {
+pub(crate) fn parse(path: &Path, text: &str) -> anyhow::Result<Policy> {
     let (mut document, root) = Document::parse(path, text)?;
     let mut policy = Policy { path: Some(path.into()), ..Policy::default() };
     for entry in entries(&root) {

@@ -85,7 +85,7 @@ fn is_file_name(name: &str) -> bool {
 }
 
 /// The file's wishes, or (the inner error) why it is not for this container; then the rest of it is not looked at.
-fn parse<'a>(
+pub(crate) fn parse<'a>(
     path: &Path,
     text: &str,
     trusted_name: bool,

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::error::shown;
+
 /// `IFF_NOMULTIPATH` of multipath-tcp.org kernels (`include/uapi/linux/if.h` there): the interface is not used.
 pub const IFF_NOMULTIPATH: u32 = 0x8_0000;
 /// `IFF_MPBACKUP` of multipath-tcp.org kernels: the interface is a backup path.
@@ -132,16 +134,17 @@ impl FromStr for InterfaceFlags {
 
     /// Reads `FLAG[,FLAG...]` or a raw number. The error is one sentence without a full stop.
     fn from_str(text: &str) -> Result<Self, String> {
+        let said = shown(text);
         let words: Vec<&str> = text.split(',').map(str::trim).collect();
         if words.iter().any(|word| word.is_empty()) {
             return Err(format!(
-                "\"{text}\" has an empty flag; write subflow, signal, backup, fullmesh, laminar, off, default or a number such as 0x101003"
+                "\"{said}\" has an empty flag; write subflow, signal, backup, fullmesh, laminar, off, default or a number such as 0x101003"
             ));
         }
         if words[0].starts_with(|c: char| c.is_ascii_digit()) {
             return match words.as_slice() {
                 [word] => raw(word),
-                _ => Err(format!("\"{text}\" mixes a raw number with other flags")),
+                _ => Err(format!("\"{said}\" mixes a raw number with other flags")),
             };
         }
         if words.len() == 1 {
@@ -155,7 +158,7 @@ impl FromStr for InterfaceFlags {
         for word in words {
             match word {
                 "off" | "default" => {
-                    return Err(format!("\"{text}\": {word} cannot stand beside other flags"));
+                    return Err(format!("\"{said}\": {word} cannot stand beside other flags"));
                 }
                 "implicit" => return Err("implicit endpoints are made by the kernel alone".into()),
                 "nofullmesh" | "nobackup" => {
@@ -165,10 +168,7 @@ impl FromStr for InterfaceFlags {
                     Some((_, flag)) => flags = flags.union(*flag),
                     None => {
                         let known = ["subflow", "signal", "backup", "fullmesh", "laminar", "off", "default"];
-                        return Err(match super::nearest(word, known) {
-                            Some(near) => format!("unknown flag \"{word}\"; did you mean {near}?"),
-                            None => format!("unknown flag \"{word}\"; known are {}", known.join(", ")),
-                        });
+                        return Err(super::unknown("flag", word, known));
                     }
                 },
             }
@@ -187,9 +187,9 @@ impl FromStr for InterfaceFlags {
 
 /// A number as in `echo 0x101003 > /sys/class/net/eth0/flags`; every bit but MPTCP's is ignored.
 fn raw(word: &str) -> Result<InterfaceFlags, String> {
-    let number = super::setting::integer(word)
-        .and_then(|n| u32::try_from(n).ok())
-        .ok_or_else(|| format!("\"{word}\" is not a number of 32 bits; a raw flags value looks like 0x101003"))?;
+    let number = super::setting::integer(word).and_then(|n| u32::try_from(n).ok()).ok_or_else(|| {
+        format!("\"{}\" is not a number of 32 bits; a raw flags value looks like 0x101003", shown(word))
+    })?;
     let bits = number & (IFF_NOMULTIPATH | IFF_MPBACKUP | IFF_HANDOVER);
     if bits & (IFF_NOMULTIPATH | IFF_MPBACKUP) == IFF_NOMULTIPATH | IFF_MPBACKUP {
         return Err(format!("{word} has both 0x80000 (off) and 0x100000 (backup); they exclude each other"));
@@ -208,6 +208,14 @@ mod tests {
 
     fn parse(text: &str) -> Result<String, String> {
         text.parse::<InterfaceFlags>().map(|flags| flags.to_string())
+    }
+
+    #[test]
+    fn what_is_quoted_has_no_control_characters() {
+        for bad in ["\u{1b}[2J,", "\n,", "0x\u{7}", "5,\u{1b}", "\u{1b}", "off,\u{1b}"] {
+            let error = bad.parse::<InterfaceFlags>().unwrap_err();
+            assert!(!error.contains(char::is_control), "{error:?}");
+        }
     }
 
     #[test]

@@ -103,7 +103,9 @@ impl fmt::Display for SettingKey {
     /// Dotted where that is unambiguous, else the slash form.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Sysctl(path) if path.contains('.') => f.write_str(path),
+            Self::Sysctl(path) if path.contains('.') || SettingKey::sysctl(&path.replace('/', ".")).is_err() => {
+                f.write_str(path)
+            }
             Self::Sysctl(path) => f.write_str(&path.replace('/', ".")),
             Self::Module(module, param) => write!(f, "module:{module}.{param}"),
         }
@@ -285,7 +287,12 @@ mod tests {
 
     #[test]
     fn display_is_read_back() {
-        for key in ["net.mptcp.scheduler", "net/ipv4/conf/eth0.100/rp_filter", "module:mptcp_rr.cwnd_limited"] {
+        for key in [
+            "net.mptcp.scheduler",
+            "net/ipv4/conf/eth0.100/rp_filter",
+            "net/ipv4/conf/a/b/c",
+            "module:mptcp_rr.cwnd_limited",
+        ] {
             assert_eq!(SettingKey::try_from(key.to_string()).unwrap().to_string(), key);
         }
     }

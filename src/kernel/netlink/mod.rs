@@ -184,12 +184,14 @@ fn settled<T>(mut read: impl FnMut() -> Result<Answer<T>>) -> Result<Vec<T>> {
 }
 
 /// What has arrived of the answer to one request.
-struct Answer<T> {
-    found: Vec<T>,
+pub(crate) struct Answer<T> {
+    /// What was made of its entries.
+    pub(crate) found: Vec<T>,
     /// The first entry that made no sense. The rest is read nevertheless, or it would be in the next request's way.
     bad_entry: Option<anyhow::Error>,
     inconsistent: bool,
-    complete: bool,
+    /// Whether the message has come that ends it.
+    pub(crate) complete: bool,
 }
 
 impl<T> Default for Answer<T> {
@@ -200,7 +202,7 @@ impl<T> Default for Answer<T> {
 
 impl<T> Answer<T> {
     /// Takes in one datagram, skipping messages that answer something else.
-    fn read(
+    pub(crate) fn read(
         &mut self,
         mut datagram: &[u8],
         sequence: u32,

@@ -224,7 +224,7 @@ fn family_id(connection: &mut Connection, name: &[u8]) -> Result<Option<u16>> {
 }
 
 /// Reads the family's message type from the answer to CTRL_CMD_GETFAMILY.
-fn parse_family_id(payload: &[u8]) -> Result<Option<u16>> {
+pub(crate) fn parse_family_id(payload: &[u8]) -> Result<Option<u16>> {
     let (_, rest) = header::<4>(payload)?;
     for attribute in attributes(rest) {
         let (kind, value) = attribute?;

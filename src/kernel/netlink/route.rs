@@ -255,7 +255,7 @@ impl Route {
 }
 
 /// The interfaces that an RTM_NEWROUTE message (after `struct nlmsghdr`) names: one, or one per next hop.
-fn parse_interfaces(payload: &[u8]) -> Result<Vec<u32>> {
+pub(crate) fn parse_interfaces(payload: &[u8]) -> Result<Vec<u32>> {
     let (_, rest) = header::<12>(payload)?;
     let mut interfaces = Vec::new();
     for attribute in attributes(rest) {
