@@ -1,15 +1,22 @@
 //! The verb `status`: the ledger, held against what is alive and what the kernel says now. Takes no lock, changes nothing.
 
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::path::Path;
+
 use anyhow::Result;
 
 use crate::context::Context;
 use crate::error::{shown, usage};
-use crate::instance::{self, Process};
-use crate::kernel::netns::{Visit, in_initial_user_namespace};
+use crate::instance::{self, Instance, Process};
+use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
 use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
-use crate::ledger::Ledger;
-use crate::ledger::record::{Conflict, Failure, Outcome, Record, State};
+use crate::ledger::record::{Conflict, Failure, Outcome, Record, State, Writer};
+use crate::ledger::{Ledger, parallel};
 use crate::request::setting::SettingKey;
+
+/// What is said of what a hook was killed at.
+pub const INTERRUPTED: &str = "a hook was killed while it worked; apply or release finishes it";
 
 /// Everything that there is to show.
 pub struct Status {
@@ -35,6 +42,8 @@ pub struct Container {
     pub record: Record,
     /// Whether it is alive.
     pub live: bool,
+    /// Whether a hook was killed while it worked for it.
+    pub interrupted: bool,
 }
 
 /// A host-wide setting, as it is now.
@@ -81,22 +90,26 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         };
     };
     let boot_id = instance::boot_id()?;
-    let mut overridden = Vec::new();
+    let (mut records, errors) = ledger.records_to_show().unwrap_or_else(|error| (Vec::new(), vec![error]));
+    status.problems.extend(errors.iter().map(|error| format!("{error:#}")));
     let (settings, errors) = ledger.settings().unwrap_or_else(|error| (Vec::new(), vec![error]));
     status.problems.extend(errors.iter().map(|error| format!("{error:#}")));
+    let claims = settings.iter().flat_map(|setting| &setting.claims).map(|claim| &claim.instance);
+    let living = Living::look(&boot_id, records.iter().map(|record| &record.instance).chain(claims));
+    let mut overridden: HashMap<String, Vec<SettingKey>> = HashMap::new();
     for setting in settings {
         let present = sysctl::look(&setting.key).value().map(String::from);
         for claim in setting.claims.iter().filter(|claim| claim.overridden) {
-            overridden.push((claim.instance.container.key(), setting.key.clone()));
+            overridden.entry(claim.instance.container.key()).or_default().push(setting.key.clone());
         }
         status.settings.push(HostSetting {
             drifted: setting.intent.is_none() && present.as_deref().is_some_and(|present| !setting.is(present)),
             interrupted: setting.intent.is_some(),
             claims: setting
                 .claims
-                .iter()
-                .filter(|claim| claim.instance.is_alive(&boot_id))
-                .map(|claim| Claim { container: claim.instance.container.id.clone(), value: claim.value.clone() })
+                .into_iter()
+                .filter(|claim| living.has(&claim.instance))
+                .map(|claim| Claim { container: claim.instance.container.id, value: claim.value })
                 .collect(),
             key: setting.key,
             value: setting.value,
@@ -104,27 +117,22 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             present,
         });
     }
-    for record in ledger.records().unwrap_or_else(|error| vec![Err(error)]) {
-        match record {
-            Ok(mut record) => {
-                let live = record.instance.is_alive(&boot_id);
-                if live {
-                    if let Err(error) = bring_up_to_date(&mut record, context) {
-                        status.problems.push(format!("{}: {error:#}", record.name));
-                    }
-                }
-                let key = record.instance.container.key();
-                for owned in &mut record.settings {
-                    if overridden.iter().any(|(container, setting)| *container == key && *setting == owned.key) {
-                        owned.outcome = Outcome::Overridden;
-                    }
-                }
-                status.containers.push(Container { record, live });
+    for record in &mut records {
+        if let Some(keys) = overridden.get(&record.instance.container.key()) {
+            for owned in record.settings.iter_mut().filter(|owned| keys.contains(&owned.key)) {
+                owned.outcome = Outcome::Overridden;
             }
-            Err(error) => status.problems.push(format!("{error:#}")),
         }
     }
-    match ledger.oddities() {
+    let containers = records.into_iter().map(|record| Container {
+        live: living.has(&record.instance),
+        interrupted: record.at_work.as_ref().is_some_and(|writer| !is_working(writer)),
+        record,
+    });
+    let (containers, problems) = bring_up_to_date(containers.collect(), context);
+    status.containers = containers;
+    status.problems.extend(problems);
+    match ledger.oddities_at_a_glance() {
         Ok(odd) => status.problems.extend(odd.iter().map(|odd| format!("{odd}; run mptcp-hook repair"))),
         Err(error) => status.problems.push(format!("{error:#}")),
     }
@@ -153,39 +161,115 @@ fn only(status: &mut Status, ledger: &Ledger, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Looks into the container's namespace: endpoints that are gone or changed, routes that came or went.
-fn bring_up_to_date(record: &mut Record, context: &Context) -> Result<()> {
-    if let Some(writer) = &record.at_work {
-        let working = Process::read(writer.pid).is_ok_and(|p| p.alive && p.start_time == writer.start_time);
-        if !working {
-            for interface in &mut record.interfaces {
-                interface.state = State::Interrupted;
-                interface.reason = Some("a hook was killed while it worked; apply or release finishes it".into());
-            }
-        }
-        return Ok(());
-    }
-    if record.interfaces.is_empty() || !nix::unistd::geteuid().is_root() {
-        return Ok(());
-    }
-    let pid = record.instance.pid;
-    let Some(visit) = record.instance.netns_places().iter().find_map(|place| {
-        let namespace = kernel::netns::Namespace::open(std::path::Path::new(place)).ok()?;
-        (namespace.inode() == record.instance.netns.inode).then(|| Visit::to(namespace, pid).ok())?
-    }) else {
-        return Ok(());
-    };
-    let Some((_, mut kernel)) = kernel::open(visit, context.deadline)? else { return Ok(()) };
-    let facts = kernel.facts(&[])?;
-    compare(record, &facts, kernel.as_mut())
+/// Who is alive. Each is looked at once: a container stands in the ledger once more for each of its claims.
+struct Living<'a> {
+    boot_id: &'a str,
+    alive: HashMap<Life, bool>,
 }
 
-fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel) -> Result<()> {
+/// What decides whether an instance of this boot is alive.
+#[derive(PartialEq, Eq, Hash)]
+struct Life {
+    pid: Option<u32>,
+    start_time: Option<u64>,
+    netns: u64,
+    netns_path: Option<String>,
+}
+
+impl Life {
+    fn of(instance: &Instance) -> Self {
+        // The path counts only where there is no process.
+        let netns_path = if instance.pid.is_some() { None } else { instance.netns_path.clone() };
+        Self { pid: instance.pid, start_time: instance.start_time, netns: instance.netns.inode, netns_path }
+    }
+}
+
+impl<'a> Living<'a> {
+    fn look<'i>(boot_id: &'a str, instances: impl Iterator<Item = &'i Instance>) -> Self {
+        let of_this_boot = instances.filter(|instance| instance.boot_id == boot_id);
+        let lives: HashMap<Life, &Instance> = of_this_boot.map(|instance| (Life::of(instance), instance)).collect();
+        let look = |(life, instance): (Life, &Instance)| (life, instance.is_alive(boot_id));
+        Self { boot_id, alive: parallel::map(lives.into_iter().collect(), look).into_iter().collect() }
+    }
+
+    fn has(&self, instance: &Instance) -> bool {
+        instance.boot_id == self.boot_id && self.alive.get(&Life::of(instance)).is_some_and(|alive| *alive)
+    }
+}
+
+fn is_working(writer: &Writer) -> bool {
+    Process::read(writer.pid).is_ok_and(|process| process.alive && process.start_time == writer.start_time)
+}
+
+/// Holds the containers that are alive against their namespaces: endpoints that are gone or changed, routes that came or
+/// went. Each namespace is visited once. Also gives what went wrong.
+fn bring_up_to_date(mut containers: Vec<Container>, context: &Context) -> (Vec<Container>, Vec<String>) {
+    for container in containers.iter_mut().filter(|container| container.live && container.interrupted) {
+        for interface in &mut container.record.interfaces {
+            interface.state = State::Interrupted;
+            interface.reason = Some(INTERRUPTED.into());
+        }
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return (containers, Vec::new());
+    }
+    let mut namespaces: BTreeMap<u64, Vec<&mut Record>> = BTreeMap::new();
+    for container in containers.iter_mut().filter(|container| container.live) {
+        let record = &mut container.record;
+        // As long as a hook is at work, nothing is as the record says.
+        if record.at_work.is_none() && !record.interfaces.is_empty() {
+            namespaces.entry(record.instance.netns.inode).or_default().push(record);
+        }
+    }
+    let problems = parallel::map(namespaces.into_values().collect(), |mut records| visit(&mut records, context));
+    let problems = problems.into_iter().flatten().collect();
+    (containers, problems)
+}
+
+/// Looks into the one namespace of these containers.
+fn visit(records: &mut [&mut Record], context: &Context) -> Vec<String> {
+    let visit = records.iter().find_map(|record| {
+        record.instance.netns_places().iter().find_map(|place| {
+            let namespace = Namespace::open(Path::new(place)).ok()?;
+            let is_it = namespace.inode() == record.instance.netns.inode;
+            is_it.then(|| Visit::to(namespace, record.instance.pid).ok())?
+        })
+    });
+    let Some(visit) = visit else { return Vec::new() };
+    let opened = kernel::open(visit, context.deadline).and_then(|kernel| {
+        let Some((_, mut kernel)) = kernel else { return Ok(None) };
+        let facts = kernel.facts(&[])?;
+        Ok(Some((facts, kernel)))
+    });
+    let problem = |record: &Record, error: &anyhow::Error| format!("{}: {error:#}", record.name);
+    match opened {
+        Ok(None) => Vec::new(),
+        Ok(Some((facts, mut kernel))) => {
+            let mut routes = HashMap::new();
+            let compare = |record: &mut &mut Record| {
+                compare(record, &facts, kernel.as_mut(), &mut routes).err().map(|error| problem(record, &error))
+            };
+            records.iter_mut().filter_map(compare).collect()
+        }
+        Err(error) => records.iter().map(|record| problem(record, &error)).collect(),
+    }
+}
+
+/// What is known of the ways out, by address and interface.
+type Routes = HashMap<(IpAddr, u32), RouteState>;
+
+fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel, known: &mut Routes) -> Result<()> {
     for interface in &mut record.interfaces {
         let mut routes = Vec::new();
         let mut drift = None;
         for owned in &interface.endpoints {
-            routes.push(kernel.route(owned.address, owned.index)?);
+            let place = (owned.address, owned.index);
+            let route = match known.get(&place) {
+                Some(route) => *route,
+                None => kernel.route(owned.address, owned.index)?,
+            };
+            known.insert(place, route);
+            routes.push(route);
             match facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) {
                 None => drift = Some(format!("the endpoint {} is gone", owned.address)),
                 Some(now) if now.flags != owned.flags => {

@@ -695,6 +695,63 @@ fn a_damaged_record_is_named_and_the_others_are_shown() {
     world.assert_failed(&world.container.oci(&["--interface", "eth1=subflow"]), 1, &["version 99", "newer"]);
 }
 
+/// A file of the ledger that others could have written is shown, and nothing is done on its word.
+#[test]
+fn a_ledgers_file_that_others_could_have_written() {
+    let sandbox = Sandbox::new();
+    let mut world = World::new(&sandbox);
+    world.container.oci(&["--interface", "eth1=backup"]).ok();
+    let record = sandbox.sh(&format!("ls /run/mptcp-hook/containers/*{}*", world.container.id()));
+    world.remember();
+    for (spoil, says) in [
+        ("chmod 620", "mode 620"),
+        ("chmod 602", "mode 602"),
+        ("chown 1000", "uid 1000"),
+        ("chown 1000:1000", "uid 1000"),
+    ] {
+        sandbox.sh(&format!("{spoil} {record}"));
+        let parts = [world.container.id(), &record, says, "run mptcp-hook repair"];
+        world.assert_failed(&world.container.oci(&["--interface", "eth1=subflow"]), 1, &parts);
+        world.assert_failed(&world.container.poststop(), 1, &parts);
+        let status = sandbox.status();
+        assert_eq!(status["containers"][0]["id"], world.container.id(), "{status:#}");
+        let problems = status["problems"].as_array().expect("problems is a list");
+        assert_eq!(problems.len(), 1, "{status:#}");
+        assert!(parts[1..].iter().all(|part| problems[0].to_string().contains(part)), "{status:#}");
+        sandbox.hook(&["repair"]).ok();
+        assert_eq!(sandbox.sh(&format!("stat -c %u:%a {record}")), "0:600");
+    }
+    // Nor does it follow what lies in a file's place, or wait for it.
+    for (make, says) in [("ln -s /run/real", "mptcp-hook repair"), ("mkfifo", "not a plain file")] {
+        sandbox.sh(&format!("mv {record} /run/real; {make} {record}"));
+        let said = world.container.oci(&["--interface", "eth1=subflow"]).fails_with(1);
+        assert!(said.contains(&record) && said.contains(says), "{said}");
+        sandbox.sh(&format!("rm {record}; mv /run/real {record}"));
+    }
+    world.container.oci(&["--interface", "eth1=backup"]).ok();
+}
+
+/// A hook was killed before it had anything to say about an interface: the container itself is shown as interrupted.
+#[test]
+fn a_container_without_interfaces_is_shown_as_interrupted() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    world.container.oci(&["--limit", "subflows=6"]).ok();
+    let shown = |interrupted: bool| {
+        let status = sandbox.status();
+        assert_eq!(status["containers"][0]["interrupted"], interrupted, "{status:#}");
+        assert_eq!(status["containers"][0]["interfaces"], json!([]), "{status:#}");
+        assert_eq!(sandbox.hook(&["status"]).ok().contains("interrupted"), interrupted);
+    };
+    shown(false);
+    let record = sandbox.sh(&format!("ls /run/mptcp-hook/containers/*{}*", world.container.id()));
+    let work = json!({ "pid": world.container.pid(), "start_time": 1, "before": null });
+    sandbox.sh(&format!("jq -c '.at_work = {work}' {record} >/run/edited; cat /run/edited >{record}"));
+    shown(true);
+    world.container.oci(&["--limit", "subflows=6"]).ok();
+    shown(false);
+}
+
 /// Whatever the file at which the disk is full: the container does not start half done, and later it starts.
 #[test]
 fn a_full_disk_undoes_everything() {

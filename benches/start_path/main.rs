@@ -22,28 +22,38 @@ const ROUNDS: usize = 200;
 const WARM_UP: usize = 3;
 
 /// The longest that the measuring may take.
-const TIME_MAX: Duration = Duration::from_secs(60);
+const TIME_MAX: Duration = Duration::from_secs(90);
 
-/// Containers in the full ledger.
+/// Containers in the full ledger, and in the fullest.
 const MANY: u64 = 10_000;
+const MOST: u64 = 100_000;
+
+/// Samples of each `status`, which takes a hundred times as long as a hook.
+const STATUS_ROUNDS: usize = 20;
 
 /// One thing measured.
 struct Row {
     name: &'static str,
     times: Vec<Duration>,
+    processor: Vec<Duration>,
 }
 
 impl Row {
     fn quantile(&self, part: f64) -> f64 {
-        let mut times = self.times.clone();
-        times.sort_unstable();
-        let index = ((times.len() - 1) as f64 * part).round() as usize;
-        times[index].as_secs_f64() * 1000.0
+        quantile(&self.times, part)
     }
 
     fn median(&self) -> f64 {
         self.quantile(0.5)
     }
+}
+
+/// In milliseconds.
+fn quantile(times: &[Duration], part: f64) -> f64 {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    let index = ((times.len() - 1) as f64 * part).round() as usize;
+    times[index].as_secs_f64() * 1000.0
 }
 
 /// The rows, in the table's order.
@@ -54,26 +64,42 @@ enum Which {
     Nothing,
     Apply,
     ApplyMany,
+    ApplyMost,
     Again,
     AgainMany,
+    AgainMost,
     Gone,
     GoneMany,
+    GoneMost,
     ByHand,
     Script,
+    StatusNone,
+    StatusLive,
+    StatusLiveJson,
+    StatusDead,
+    StatusDeadJson,
 }
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 19] = [
     "empty static process",
     "static process that drains standard input",
     "hook, the container asks for nothing",
     "hook, full apply, 0 containers in the ledger",
     "hook, full apply, 10,000 containers in the ledger",
+    "hook, full apply, 100,000 containers in the ledger",
     "hook, the same apply again, 0 containers",
     "hook, the same apply again, 10,000 containers",
+    "hook, the same apply again, 100,000 containers",
     "hook, release after the container's end, 0 containers",
     "hook, release after the container's end, 10,000 containers",
+    "hook, release after the container's end, 100,000 containers",
     "release by hand of a running container",
     "shell script, the same full apply",
+    "status, 0 containers",
+    "status, 10,000 containers that live in one namespace",
+    "status --json, the same",
+    "status, 10,000 containers that are dead",
+    "status --json, the same",
 ];
 
 struct Bench {
@@ -87,6 +113,7 @@ impl Bench {
     fn time(&mut self, which: Which, program: &Path, arguments: &[String], input: &[u8]) -> u64 {
         let run = process::run(program, arguments, input);
         self.rows[which as usize].times.push(run.time);
+        self.rows[which as usize].processor.push(run.processor);
         run.peak
     }
 
@@ -123,23 +150,29 @@ fn main() {
     let others = Container::new("o", 2, &drain);
     let shared = std::fs::read_to_string(format!("/proc/sys/{HOST_SYSCTL}")).expect("a host-wide sysctl");
     let mut bench = Bench {
-        rows: NAMES.map(|name| Row { name, times: Vec::new() }),
+        rows: NAMES.map(|name| Row { name, times: Vec::new(), processor: Vec::new() }),
         hook: hook.clone(),
         shared: shared.trim().into(),
     };
     let (none, many) = (world::state_directory("/run/none"), world::state_directory("/run/many"));
-    let (for_none, for_many) = (bench.oci(&none), bench.oci(&many));
+    let (most, dead) = (world::state_directory("/run/most"), world::state_directory("/run/dead"));
+    let (for_none, for_many, for_most) = (bench.oci(&none), bench.oci(&many), bench.oci(&most));
     let for_script = vec!["/run/script".into(), format!("{HOST_SYSCTL}={}", bench.shared)];
     let by_hand = |ledger: &Path, id: String| {
         ["release", "--state-dir", &ledger.display().to_string(), &id].map(String::from).to_vec()
     };
 
-    // The first apply is copied to fill the ledger; a later one into the full ledger tells the peak memory.
-    process::output(&hook, &for_many, &container.state());
-    container.check("the first apply");
-    assert_eq!(world::empty_journal(&journal), 1, "the hook's message in the journal");
-    ledger::fill(&many, MANY, others.pid());
-    process::run(&hook, &by_hand(&many, container.id()), b"");
+    // The first apply is copied to fill a ledger; a later one into a full ledger tells the peak memory.
+    for (ledger, count, pid) in
+        [(&many, MANY, Some(others.pid())), (&most, MOST, Some(others.pid())), (&dead, MANY, None)]
+    {
+        process::output(&hook, &bench.oci(ledger), &container.state());
+        container.check("the first apply");
+        assert_eq!(world::empty_journal(&journal), 1, "the hook's message in the journal");
+        ledger::fill(ledger, count, pid);
+        process::run(&hook, &by_hand(ledger, container.id()), b"");
+        world::empty_journal(&journal);
+    }
     process::forget_peak();
     let peak = process::run(&hook, &for_many, &container.state()).peak;
     process::run(&hook, &by_hand(&many, container.id()), b"");
@@ -160,11 +193,10 @@ fn main() {
         let mut ledgers = [
             (&for_none, Which::Apply, Which::Again, Which::Gone),
             (&for_many, Which::ApplyMany, Which::AgainMany, Which::GoneMany),
+            (&for_most, Which::ApplyMost, Which::AgainMost, Which::GoneMost),
         ];
-        // What ran just before counts (caches); none of the two may always come first.
-        if round % 2 == 1 {
-            ledgers.reverse();
-        }
+        // What ran just before counts (caches); none of them may always come first.
+        ledgers.rotate_left(round % 3);
         for (arguments, apply, again, gone) in ledgers {
             bench.time(apply, &hook, arguments, &container.state());
             bench.time(again, &hook, arguments, &container.state());
@@ -187,12 +219,36 @@ fn main() {
         world::empty_journal(&journal);
         rounds = round + 1;
     }
+    // After the others: one `status` goes through more memory than the processor's caches hold.
+    for round in 0..=STATUS_ROUNDS {
+        for (ledger, text, json) in [
+            (&none, Which::StatusNone, None),
+            (&many, Which::StatusLive, Some(Which::StatusLiveJson)),
+            (&dead, Which::StatusDead, Some(Which::StatusDeadJson)),
+        ] {
+            let arguments = ["status", "--state-dir", &ledger.display().to_string()].map(String::from).to_vec();
+            let as_json = [&arguments[..], &["--json".into()]].concat();
+            if let (0, Some(_)) = (round, json) {
+                let shown = process::output(&hook, &as_json, b"");
+                let shown: serde_json::Value = serde_json::from_str(&shown).expect("what status shows");
+                let containers = shown["containers"].as_array().expect("containers");
+                assert_eq!(containers.len() as u64, MANY, "containers in status");
+                let live = containers.iter().filter(|container| container["live"] == true).count() as u64;
+                assert_eq!(live, if *ledger == dead { 0 } else { MANY }, "living containers in status");
+                assert_eq!(shown["problems"], serde_json::json!([]));
+            }
+            if round > 0 {
+                bench.time(text, &hook, &arguments, b"");
+                json.map(|json| bench.time(json, &hook, &as_json, b""));
+            }
+        }
+    }
     report(&bench, rounds.saturating_sub(WARM_UP), peak);
 }
 
 fn report(bench: &Bench, rounds: usize, peak: u64) {
     let (empty, apply) = (bench.median(Which::Empty), bench.median(Which::Apply));
-    println!("{rounds} samples of each, taking turns\n");
+    println!("{rounds} samples of each, taking turns; of status {STATUS_ROUNDS}\n");
     println!("| whole process | median ms | p95 ms | times empty | times full apply |");
     println!("|---|---:|---:|---:|---:|");
     for row in &bench.rows {
@@ -216,6 +272,14 @@ fn report(bench: &Bench, rounds: usize, peak: u64) {
     aim("full apply at least 20 times faster than the script", value, value >= 20.0);
     let value = bench.median(Which::ApplyMany) / apply;
     aim("10,000 containers at most 1.2 times none", value, value <= 1.2);
+    let value = bench.median(Which::ApplyMost) / apply;
+    aim("100,000 containers at most 1.2 times none", value, value <= 1.2);
+    for which in [Which::StatusLive, Which::StatusLiveJson, Which::StatusDead, Which::StatusDeadJson] {
+        let value = bench.median(which);
+        let processor = quantile(&bench.rows[which as usize].processor, 0.5);
+        let what = format!("{} under 200 ms (it takes {processor:.0} ms of processors' time)", NAMES[which as usize]);
+        aim(&what, value, value < 200.0);
+    }
     aim("program under 3 MB", size, size < 3.0);
     let value = peak as f64 * 1024.0 / 1e6;
     aim("peak memory under 4 MB", value, value < 4.0);

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 pub struct Run {
     /// From before the start until its end was noticed.
     pub time: Duration,
+    /// The processors' time that it took, on all of them together: waiting for a processor is not in it.
+    pub processor: Duration,
     /// Peak resident memory, in KiB; never less than this process has itself (see [`forget_peak`]).
     pub peak: u64,
 }
@@ -25,10 +27,18 @@ pub fn run(program: &Path, arguments: &[String], input: &[u8]) -> Run {
     let mut command = command(program, arguments, filled_pipe(input));
     let begin = Instant::now();
     let child = command.spawn().unwrap_or_else(|e| panic!("starting {}: {e}", program.display()));
-    let (status, peak) = wait(&child);
+    let (status, usage) = wait(&child);
     let time = begin.elapsed();
     assert_eq!(status, 0, "{} {arguments:?} ended with wait status {status:#x}", program.display());
-    Run { time, peak }
+    let duration = |time: libc::timeval| {
+        let seconds = u64::try_from(time.tv_sec).expect("seconds");
+        Duration::from_secs(seconds) + Duration::from_micros(u64::try_from(time.tv_usec).expect("microseconds"))
+    };
+    Run {
+        time,
+        processor: duration(usage.ru_utime) + duration(usage.ru_stime),
+        peak: u64::try_from(usage.ru_maxrss).expect("a size"),
+    }
 }
 
 /// [`run`] where the output matters and time does not; gives both streams.
@@ -57,9 +67,9 @@ fn command(program: &Path, arguments: &[String], stdin: OwnedFd) -> Command {
     command
 }
 
-/// Waits for a process; gives its wait status and its peak memory in KiB.
+/// Waits for a process; gives its wait status and what it used.
 #[allow(unsafe_code)]
-fn wait(child: &Child) -> (i32, u64) {
+fn wait(child: &Child) -> (i32, libc::rusage) {
     let pid = libc::pid_t::try_from(child.id()).expect("a pid");
     let mut status = 0;
     // SAFETY: all zeroes is a valid rusage, which consists of integers.
@@ -67,7 +77,7 @@ fn wait(child: &Child) -> (i32, u64) {
     // SAFETY: both pointers are to live locals of the types that wait4(2) fills.
     let waited = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) };
     assert_eq!(waited, pid, "waiting for a process: {}", std::io::Error::last_os_error());
-    (status, u64::try_from(usage.ru_maxrss).expect("a size"))
+    (status, usage)
 }
 
 /// Makes the kernel forget this process's own peak memory, with which its children's begins: until exec they share its

@@ -1,7 +1,7 @@
 //! Plain files, written whole or not at all.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -11,10 +11,20 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::error::plain;
 use crate::kernel::netns::in_initial_user_namespace;
 
 /// No file of ours is near this.
 const READ_MAX: u64 = 1024 * 1024;
+
+/// The mode bits that open a file to others.
+const OTHERS: u32 = 0o077;
+
+/// Those by which they could change it.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// How a file of [`super::record::VERSION`] begins.
+const THIS_VERSION: &[u8] = b"{\"version\":1,";
 
 /// The prefix of a file that is being written. A crash leaves it behind; it is never read.
 pub const TEMPORARY: &str = ".tmp-";
@@ -26,11 +36,13 @@ pub enum Fault {
     Damaged(String),
     /// A newer version of this program wrote it.
     Newer(String),
+    /// Somebody else may have written it.
+    NotOurs(String),
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Damaged(text) | Self::Newer(text)) = self;
+        let (Self::Damaged(text) | Self::Newer(text) | Self::NotOurs(text)) = self;
         f.write_str(text)
     }
 }
@@ -39,6 +51,7 @@ impl std::error::Error for Fault {}
 
 impl Fault {
     fn damaged(path: &Path, why: impl fmt::Display) -> anyhow::Error {
+        let why = plain(why);
         let text = format!("the ledger's file {} is damaged ({why}); run mptcp-hook repair", path.display());
         Self::Damaged(text).into()
     }
@@ -61,6 +74,8 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 }
 
 fn write_bytes(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    #[cfg(test)]
+    crate::kernel::fake::kill_point();
     let temporary = temporary(path)?;
     let create =
         || OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary);
@@ -72,6 +87,8 @@ fn write_bytes(path: &Path, bytes: &[u8]) -> io::Result<()> {
         }
         other => other?,
     };
+    #[cfg(test)]
+    crate::kernel::fake::kill_point();
     let result = file.write_all(bytes).and_then(|()| std::fs::rename(&temporary, path));
     if result.is_err() {
         let _ = std::fs::remove_file(&temporary);
@@ -88,21 +105,61 @@ fn temporary(path: &Path) -> io::Result<PathBuf> {
     Ok(parent.join(format!("{TEMPORARY}{}-{tail}", std::process::id())))
 }
 
-/// Reads a file of ours; None if it is not there. A [`Fault`] says that its content is the trouble.
+/// Reads a file of ours; None if it is not there. A [`Fault`] says that it cannot be taken at its word: its content, or
+/// that others could have written it.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    read_unless(OTHERS_WRITE, path)
+}
+
+/// Reads a file to show what it says, whoever may have written it, and what is wrong with it.
+pub fn read_to_show<T: DeserializeOwned>(path: &Path) -> (Option<T>, Option<anyhow::Error>) {
+    match read_unless(OTHERS, path) {
+        Ok(content) => (content, None),
+        Err(error) if matches!(error.downcast_ref(), Some(Fault::NotOurs(_))) => match parse_file(path, |_| None) {
+            Ok(content) => (content, Some(error)),
+            Err(worse) => (None, Some(worse)),
+        },
+        Err(error) => (None, Some(error)),
+    }
+}
+
+/// Reads a file unless it belongs to somebody else or its mode has one of the bits `open`.
+fn read_unless<T: DeserializeOwned>(open: u32, path: &Path) -> Result<Option<T>> {
+    parse_file(path, |metadata| not_ours(metadata, open))
+}
+
+/// Opens a file of the ledger for reading. Nothing that lies in its place leads elsewhere or makes the caller wait.
+pub fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
+}
+
+fn parse_file<T: DeserializeOwned>(path: &Path, wrong: impl Fn(&Metadata) -> Option<String>) -> Result<Option<T>> {
     let attempt = || format!("cannot read the ledger's file {}", path.display());
-    let mut file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
+    let mut file = match open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(path, error)),
         Err(error) => return Err(error).with_context(attempt),
     };
-    // Room for a record: one read, and one that finds the end.
-    let mut text = Vec::with_capacity(4096);
-    match Read::by_ref(&mut file).take(READ_MAX).read_to_end(&mut text) {
-        Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(path, error)),
+    let metadata = file.metadata().with_context(attempt)?;
+    if !metadata.is_file() {
+        return Err(Fault::damaged(path, "it is not a plain file"));
+    }
+    if let Some(wrong) = wrong(&metadata) {
+        return Err(
+            Fault::NotOurs(format!("the ledger's file {} {wrong}; run mptcp-hook repair", path.display())).into()
+        );
+    }
+    // It is never written in place, so that this is its length: one read.
+    let mut text = vec![0; metadata.len().min(READ_MAX) as usize];
+    match file.read_exact(&mut text) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Fault::damaged(path, error)),
         other => other.with_context(attempt)?,
-    };
+    }
+    // Nearly always; a field that stands twice is an error below.
+    if text.starts_with(THIS_VERSION) {
+        return serde_json::from_slice(&text).map(Some).map_err(|e| Fault::damaged(path, e));
+    }
     // Look at the version first: a newer file may have any form.
     #[derive(serde::Deserialize)]
     struct Version {
@@ -132,6 +189,8 @@ fn is_of_another_kind(error: &io::Error) -> bool {
 
 /// Removes a file; that it is gone already is fine.
 pub fn remove(path: &Path) -> Result<()> {
+    #[cfg(test)]
+    crate::kernel::fake::kill_point();
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -142,6 +201,8 @@ pub fn remove(path: &Path) -> Result<()> {
 
 /// Makes a directory of ours; that it is there already is fine.
 pub fn make_directory(path: &Path) -> Result<()> {
+    #[cfg(test)]
+    crate::kernel::fake::kill_point();
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             Err(error).with_context(|| format!("cannot make the directory {}", path.display()))
@@ -212,13 +273,18 @@ pub fn move_aside(state: &Path, path: &Path) -> Result<String> {
 }
 
 /// What is wrong with a file's owner or mode.
-pub fn wrong_owner(path: &Path) -> Option<String> {
-    let metadata = std::fs::symlink_metadata(path).ok()?;
+pub fn wrong_owner(metadata: &Metadata) -> Option<String> {
+    not_ours(metadata, OTHERS)
+}
+
+/// What is wrong with a file's owner, or with its mode if that has one of the bits `open`.
+fn not_ours(metadata: &Metadata, open: u32) -> Option<String> {
+    // Asked each time: in a user namespace that was entered meanwhile, both have other numbers.
     let me = nix::unistd::geteuid().as_raw();
     if metadata.uid() != me {
         return Some(format!("belongs to uid {} and not to uid {me}", metadata.uid()));
     }
-    let is_open = !metadata.is_symlink() && metadata.mode() & 0o077 != 0;
+    let is_open = !metadata.is_symlink() && metadata.mode() & open != 0;
     is_open.then(|| format!("is open to others (mode {:o})", metadata.mode() & 0o7777))
 }
 
@@ -312,11 +378,29 @@ pub fn check_state_directory(path: &Path) -> Result<bool> {
 
 /// Opens a file to append to, for its owner alone.
 pub fn open_to_append(path: &Path) -> Result<File> {
-    OpenOptions::new()
+    #[cfg(test)]
+    crate::kernel::fake::kill_point();
+    let attempt = || format!("cannot open {}", path.display());
+    let file = OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
-        .with_context(|| format!("cannot open {}", path.display()))
+        .with_context(attempt)?;
+    if !file.metadata().with_context(attempt)?.is_file() {
+        return Err(Fault::damaged(path, "it is not a plain file"));
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_begin_with_their_version() {
+        let text = format!("{{\"version\":{},", super::super::record::VERSION);
+        assert_eq!(text.as_bytes(), THIS_VERSION);
+    }
 }

@@ -16,6 +16,7 @@
 
 mod files;
 mod lock;
+pub mod parallel;
 pub mod record;
 pub mod setting;
 
@@ -155,7 +156,17 @@ impl Ledger {
     /// All records; what cannot be read comes as its error, and the rest all the same.
     pub fn records(&self) -> Result<Vec<Result<Record>>> {
         let directory = self.directory.join("containers");
-        Ok(files::names(&directory)?.iter().filter_map(|name| files::read(&directory.join(name)).transpose()).collect())
+        let read = |name: String| files::read(&directory.join(name)).transpose();
+        let records = parallel::map(files::names(&directory)?, read);
+        Ok(records.into_iter().flatten().collect())
+    }
+
+    /// All records to be shown, whoever may have written them, and what is wrong with them.
+    pub fn records_to_show(&self) -> Result<(Vec<Record>, Vec<anyhow::Error>)> {
+        let directory = self.directory.join("containers");
+        let read = |name: String| files::read_to_show(&directory.join(name));
+        let (records, errors): (Vec<_>, Vec<_>) = parallel::map(files::names(&directory)?, read).into_iter().unzip();
+        Ok((records.into_iter().flatten().collect(), errors.into_iter().flatten().collect()))
     }
 
     /// Writes a record and enters it into its namespace's list.
@@ -207,14 +218,16 @@ impl Ledger {
         setting::Page::new(&self.directory.join("settings"), key)
     }
 
-    /// All host-wide settings that the ledger knows, and what cannot be read of them.
+    /// All host-wide settings that the ledger knows, and what cannot be read of them; to be
+    /// shown.
     pub fn settings(&self) -> Result<(Vec<setting::Setting>, Vec<anyhow::Error>)> {
         let directory = self.directory.join("settings");
         let mut settings = Vec::new();
         let mut errors = Vec::new();
         for name in files::names(&directory)?.into_iter().filter(|name| setting::key_of(name).is_some()) {
-            let survey = setting::Page::at(directory.join(name)).survey();
-            settings.extend(survey.setting);
+            let survey = setting::Page::at(directory.join(name)).survey_to_show();
+            let claims = survey.claims.into_iter().map(|(_, claim)| claim);
+            settings.extend(survey.setting.map(|setting| setting::Setting { claims: claims.collect(), ..setting }));
             errors.extend(survey.faults.into_iter().map(|(_, error)| error));
         }
         Ok((settings, errors))
@@ -280,69 +293,62 @@ impl Ledger {
         self.directory.join("containers").join(container)
     }
 
-    /// What should not be there as it is; files whose content alone is wrong are not looked for.
-    pub fn oddities(&self) -> Result<Vec<Oddity>> {
+    /// What should not be there as it is, as far as that is seen without looking at every file: owner and mode of what
+    /// has a content are found where it is read, those of locks and of the lists of namespaces (nobody reads them, and
+    /// there are several for each container) by [`Ledger::oddities`].
+    pub fn oddities_at_a_glance(&self) -> Result<Vec<Oddity>> {
+        let mut odd = self.strangers()?;
+        for name in files::names(&self.directory.join("settings"))? {
+            let path = self.directory.join("settings").join(&name);
+            odd.extend(look_at_page(&path, setting::key_of(&name).is_some())?.1);
+        }
+        Ok(odd)
+    }
+
+    /// The oddities directly in the state directory.
+    fn strangers(&self) -> Result<Vec<Oddity>> {
         let mut odd = Vec::new();
-        // Whether it is a directory that is to be looked into. What is gone meanwhile was no oddity.
-        let mut look = |path: &Path, expected: Expected| -> bool {
-            let Ok(metadata) = std::fs::symlink_metadata(path) else { return false };
-            let belongs = match expected {
-                Expected::Directory => metadata.is_dir(),
-                Expected::File => !metadata.is_dir(),
-                Expected::Anything => true,
-                Expected::Nothing => false,
-            };
-            let trouble = match files::wrong_owner(path) {
-                _ if !belongs => Some(Trouble::Stranger),
-                wrong => wrong.map(Trouble::NotOurs),
-            };
-            odd.extend(trouble.map(|trouble| Oddity { path: path.into(), trouble }));
-            belongs && metadata.is_dir()
-        };
         for name in files::names(&self.directory)? {
             let expected = match name.as_str() {
                 "containers" | "namespaces" | "settings" | "locks" | "damaged" => Expected::Directory,
                 other if FILES.contains(&other) => Expected::File,
                 _ => Expected::Nothing,
             };
-            look(&self.directory.join(&name), expected);
+            odd.extend(look(&self.directory.join(&name), expected).1);
         }
+        Ok(odd)
+    }
+
+    /// What should not be there as it is; files whose content alone is wrong are not looked for.
+    pub fn oddities(&self) -> Result<Vec<Oddity>> {
+        let mut odd = self.strangers()?;
         // The locks first: they are needed to mend the others.
         for list in ["locks", "containers"] {
-            let directory = self.directory.join(list);
-            for name in files::names(&directory)? {
-                // Not a file: its content cannot be read, which is said elsewhere.
-                look(&directory.join(name), Expected::Anything);
-            }
+            // Not a file: its content cannot be read, which is said elsewhere.
+            odd.extend(look_at_all(&self.directory.join(list), Expected::Anything)?);
         }
         let namespaces = self.directory.join("namespaces");
-        for name in files::names(&namespaces)? {
+        for found in parallel::map(files::names(&namespaces)?, |name| -> Result<Vec<Oddity>> {
             let path = namespaces.join(name);
-            if look(&path, Expected::Directory) {
-                for member in files::names(&path)? {
-                    look(&path.join(member), Expected::File);
-                }
+            let (is_open, odd) = look(&path, Expected::Directory);
+            let mut odd = Vec::from_iter(odd);
+            if is_open {
+                odd.extend(look_at_all(&path, Expected::File)?);
             }
+            Ok(odd)
+        }) {
+            odd.extend(found?);
         }
         let settings = self.directory.join("settings");
         for name in files::names(&settings)? {
             let path = settings.join(&name);
-            let expected = if setting::key_of(&name).is_some() { Expected::Directory } else { Expected::Nothing };
-            if !look(&path, expected) {
-                continue;
-            }
-            for name in files::names(&path)? {
-                let inner = path.join(&name);
-                let expected = match name.as_str() {
-                    "claims" => Expected::Directory,
-                    "value" | "intent" => Expected::Anything,
-                    _ => Expected::Nothing,
-                };
-                if look(&inner, expected) && name == "claims" {
-                    for claim in files::names(&inner)? {
-                        look(&inner.join(claim), Expected::Anything);
-                    }
+            let (is_page, found) = look_at_page(&path, setting::key_of(&name).is_some())?;
+            odd.extend(found);
+            if is_page {
+                for file in ["value", "intent"] {
+                    odd.extend(look(&path.join(file), Expected::Anything).1);
                 }
+                odd.extend(look_at_all(&path.join("claims"), Expected::Anything)?);
             }
         }
         Ok(odd)
@@ -429,7 +435,7 @@ impl Ledger {
         let mut items = Vec::new();
         for name in [format!("{name}.old"), name.into()] {
             let path = self.directory.join(name);
-            let file = match std::fs::File::open(&path) {
+            let file = match files::open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -441,6 +447,43 @@ impl Ledger {
         }
         Ok(items)
     }
+}
+
+/// Whether it is a directory that is to be looked into, and what is wrong with it. What is gone meanwhile was no oddity.
+fn look(path: &Path, expected: Expected) -> (bool, Option<Oddity>) {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return (false, None) };
+    let belongs = match expected {
+        Expected::Directory => metadata.is_dir(),
+        Expected::File => !metadata.is_dir(),
+        Expected::Anything => true,
+        Expected::Nothing => false,
+    };
+    let trouble = match belongs {
+        true => files::wrong_owner(&metadata).map(Trouble::NotOurs),
+        false => Some(Trouble::Stranger),
+    };
+    (belongs && metadata.is_dir(), trouble.map(|trouble| Oddity { path: path.into(), trouble }))
+}
+
+/// Whether it is a setting's page, and the oddities of the page without its files.
+fn look_at_page(path: &Path, is_a_setting: bool) -> Result<(bool, Vec<Oddity>)> {
+    let (is_page, odd) = look(path, if is_a_setting { Expected::Directory } else { Expected::Nothing });
+    let mut odd = Vec::from_iter(odd);
+    for name in if is_page { files::names(path)? } else { Vec::new() } {
+        let expected = match name.as_str() {
+            "claims" => Expected::Directory,
+            "value" | "intent" => continue,
+            _ => Expected::Nothing,
+        };
+        odd.extend(look(&path.join(&name), expected).1);
+    }
+    Ok((is_page, odd))
+}
+
+/// The oddities directly in a directory.
+fn look_at_all(directory: &Path, expected: Expected) -> Result<Vec<Oddity>> {
+    let odd = parallel::map(files::names(directory)?, |name| look(&directory.join(name), expected).1);
+    Ok(odd.into_iter().flatten().collect())
 }
 
 /// Seconds since 1970.

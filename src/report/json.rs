@@ -27,6 +27,7 @@ struct Container<'a> {
     /// A string: namespace inodes do not fit into every JSON reader's numbers.
     netns: String,
     live: bool,
+    interrupted: bool,
     interfaces: Vec<Interface<'a>>,
     settings: Vec<ContainerSetting<'a>>,
     limits: Option<crate::ledger::record::LimitPair>,
@@ -88,6 +89,7 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
             pid: record.instance.pid,
             netns: record.instance.netns.inode.to_string(),
             live: container.live,
+            interrupted: container.interrupted,
             interfaces: record
                 .interfaces
                 .iter()
@@ -135,5 +137,9 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
         problems: &status.problems,
         rootless: status.rootless,
     };
-    Ok(serde_json::to_string(&root)? + "\n")
+    // About as much as it will be: growing step by step copies it all, again and again.
+    let mut text = Vec::with_capacity(4096 + 1280 * status.containers.len());
+    serde_json::to_writer(&mut text, &root)?;
+    text.push(b'\n');
+    Ok(String::from_utf8(text)?)
 }

@@ -1,12 +1,13 @@
 //! Text for people: one line for a result, tables for `status`, a list for `--dry-run`.
 
-use comfy_table::{Table, presets};
+use std::borrow::Cow;
 
+use crate::error::plain;
 use crate::kernel::RouteState;
 use crate::ledger::record::{Conflict, Failure, Outcome, Record, State};
 use crate::plan::Plan;
 use crate::request::{Request, setting};
-use crate::status::Status;
+use crate::status::{INTERRUPTED, Status};
 
 /// What an apply came to, in one line: `eth1 subflow,backup 10.0.2.2 id 1; limits ...; warning: ...`.
 pub fn applied(record: &Record, changed: bool) -> String {
@@ -45,30 +46,30 @@ pub fn applied(record: &Record, changed: bool) -> String {
 pub fn plan(request: &Request, plan: &Plan) -> String {
     let mut text = String::from("Asked for:\n");
     for wish in request.wishes() {
-        text += &format!("  {} = {}    ({})\n", wish.what.subject(), wish.what.value(), wish.source);
+        line(&mut text, format!("  {} = {}    ({})", wish.what.subject(), wish.what.value(), wish.source));
     }
     text += "Would be done:\n";
     for step in &plan.steps {
-        text += &format!("  {}    ({})\n", step.change, step.why);
+        line(&mut text, format!("  {}    ({})", step.change, step.why));
     }
     if plan.steps.is_empty() {
         text += "  nothing: it is as asked for\n";
     }
     for key in &plan.deferred {
-        text += &format!("  {key}: as asked for, once its module is loaded by the steps above\n");
+        line(&mut text, format!("  {key}: as asked for, once its module is loaded by the steps above"));
     }
     for interface in plan.interfaces.iter().filter(|interface| interface.state != State::Applied) {
         let reason = interface.reason.as_deref().unwrap_or_default();
-        text += &format!("  {} stays {}: {reason}\n", interface.name, interface.state.name());
+        line(&mut text, format!("  {} stays {}: {reason}", interface.name, interface.state.name()));
     }
     for owned in plan.settings.iter().filter(|owned| owned.outcome != Outcome::Applied) {
-        text += &format!("  {} = {}: {}\n", owned.key, owned.value, owned.outcome.name());
+        line(&mut text, format!("  {} = {}: {}", owned.key, owned.value, owned.outcome.name()));
     }
     for conflict in &plan.conflicts {
-        text += &format!("Conflict ({}): {}\n", conflict.outcome.name(), conflict.reason);
+        line(&mut text, format!("Conflict ({}): {}", conflict.outcome.name(), conflict.reason));
     }
     for warning in &plan.warnings {
-        text += &format!("Warning: {warning}\n");
+        line(&mut text, format!("Warning: {warning}"));
     }
     text
 }
@@ -82,14 +83,14 @@ pub fn status(status: &Status) -> String {
     text += &containers(status);
     if !status.settings.is_empty() {
         text += "\nHost-wide settings that containers rely on\n";
-        let mut table = table(["SETTING", "VALUE", "BEFORE", "RELIED ON BY"]);
+        let mut table = Table::new(["SETTING", "VALUE", "BEFORE", "RELIED ON BY"]);
         for setting in &status.settings {
-            let claims: Vec<String> = setting
+            let claims: Vec<Cow<str>> = setting
                 .claims
                 .iter()
                 .map(|claim| match setting::same(&setting.key, &claim.value, &setting.value) {
-                    true => claim.container.clone(),
-                    false => format!("{} (at {}, overridden)", claim.container, claim.value),
+                    true => claim.container.as_str().into(),
+                    false => format!("{} (at {}, overridden)", claim.container, claim.value).into(),
                 })
                 .collect();
             let mut value = setting::describe(&setting.key, &setting.value);
@@ -99,29 +100,32 @@ pub fn status(status: &Status) -> String {
             if setting.interrupted {
                 value += ", interrupted";
             }
-            table.add_row([setting.key.to_string(), value, setting.original.clone(), or_dash(&claims.join(", "))]);
+            let claims = or_dash(claims.join(", "));
+            table.add([setting.key.to_string().into(), value.into(), setting.original.as_str().into(), claims]);
         }
-        text += &lines(&table);
+        text += &table.text();
     }
     if !status.conflicts.is_empty() {
         text += "\nConflicts\n";
-        let mut table = table(["TIME (UTC)", "CONTAINER", "SETTING", "WANTED", "KEPT", "HOLDERS", "OUTCOME", "REASON"]);
+        let mut table =
+            Table::new(["TIME (UTC)", "CONTAINER", "SETTING", "WANTED", "KEPT", "HOLDERS", "OUTCOME", "REASON"]);
         for conflict in &status.conflicts {
-            table.add_row(conflict_row(conflict));
+            table.add(conflict_row(conflict));
         }
-        text += &lines(&table);
+        text += &table.text();
     }
     if !status.failures.is_empty() {
         text += "\nHooks that failed\n";
-        let mut table = table(["TIME (UTC)", "CONTAINER", "EXIT", "REASON"]);
+        let mut table = Table::new(["TIME (UTC)", "CONTAINER", "EXIT", "REASON"]);
         for failure in &status.failures {
             let Failure { time, container, status, reason } = failure;
-            table.add_row([utc(*time), short(container), status.to_string(), reason.clone()]);
+            table.add([utc(*time).into(), short(container).into(), status.to_string().into(), reason.as_str().into()]);
         }
-        text += &lines(&table);
+        text += &table.text();
     }
     for problem in &status.problems {
-        text += &format!("\nProblem: {problem}\n");
+        text.push('\n');
+        line(&mut text, format!("Problem: {problem}"));
     }
     text
 }
@@ -131,7 +135,7 @@ fn containers(status: &Status) -> String {
         return "No container is set up.\n".into();
     }
     let mut text = String::new();
-    let mut rows = table(["CONTAINER", "BY", "PID", "INTERFACE", "FLAGS", "STATE", "ROUTE", "ENDPOINTS"]);
+    let mut rows = Table::new(["CONTAINER", "BY", "PID", "INTERFACE", "FLAGS", "STATE", "ROUTE", "ENDPOINTS"]);
     for container in &status.containers {
         let record = &container.record;
         let pid = match (record.instance.pid, container.live) {
@@ -140,10 +144,12 @@ fn containers(status: &Status) -> String {
             (None, true) => "-".into(),
             (None, false) => "(dead)".into(),
         };
-        let mut first = vec![short(&record.name), record.runtime.clone(), pid];
+        let mut first = [short(&record.name).into(), record.runtime.as_str().into(), pid.into()];
         if record.interfaces.is_empty() {
-            first.extend(["-", "-", "-", "-", "-"].map(String::from));
-            rows.add_row(first);
+            let [name, runtime, pid] = first;
+            // Else each of its interfaces says so.
+            let state = if container.interrupted { State::Interrupted.name() } else { "-" };
+            rows.add([name, runtime, pid, "-".into(), "-".into(), state.into(), "-".into(), "-".into()]);
             continue;
         }
         for interface in &record.interfaces {
@@ -154,47 +160,55 @@ fn containers(status: &Status) -> String {
                 RouteState::Missing => "missing",
                 RouteState::Unknown => "-",
             };
-            let cells = [
-                interface.name.clone(),
-                interface.flags.join(","),
+            let [name, runtime, pid] = std::mem::take(&mut first);
+            rows.add([
+                name,
+                runtime,
+                pid,
+                interface.name.as_str().into(),
+                interface.flags.join(",").into(),
                 interface.state.name().into(),
                 route.into(),
-                or_dash(&endpoints.join(", ")),
-            ];
-            rows.add_row(first.iter().cloned().chain(cells));
-            first = vec![String::new(); 3];
+                or_dash(endpoints.join(", ")),
+            ]);
         }
     }
-    text += &lines(&rows);
+    text += &rows.text();
     let settings: Vec<_> = status.containers.iter().filter(|container| !container.record.settings.is_empty()).collect();
     if !settings.is_empty() {
         text += "\nSettings of containers\n";
-        let mut rows = table(["CONTAINER", "SETTING", "VALUE", "SCOPE", "OUTCOME"]);
+        let mut rows = Table::new(["CONTAINER", "SETTING", "VALUE", "SCOPE", "OUTCOME"]);
         for container in settings {
             for owned in &container.record.settings {
                 let value = setting::describe(&owned.key, &owned.value);
-                rows.add_row([
-                    short(&container.record.name),
-                    owned.key.to_string(),
-                    value,
+                rows.add([
+                    short(&container.record.name).into(),
+                    owned.key.to_string().into(),
+                    value.into(),
                     owned.scope.name().into(),
                     owned.outcome.name().into(),
                 ]);
             }
         }
-        text += &lines(&rows);
+        text += &rows.text();
     }
     for container in &status.containers {
+        if container.interrupted && container.record.interfaces.is_empty() {
+            line(&mut text, format!("{}: {INTERRUPTED}", short(&container.record.name)));
+        }
         for warning in &container.record.warnings {
-            text += &format!("Warning: {}: {warning}\n", short(&container.record.name));
+            line(&mut text, format!("Warning: {}: {warning}", short(&container.record.name)));
         }
         for interface in container.record.interfaces.iter().filter(|interface| interface.state != State::Applied) {
             if let Some(reason) = &interface.reason {
-                text += &format!(
-                    "{}: {} is {}: {reason}\n",
-                    short(&container.record.name),
-                    interface.name,
-                    interface.state.name()
+                line(
+                    &mut text,
+                    format!(
+                        "{}: {} is {}: {reason}",
+                        short(&container.record.name),
+                        interface.name,
+                        interface.state.name()
+                    ),
                 );
             }
         }
@@ -202,40 +216,79 @@ fn containers(status: &Status) -> String {
     text
 }
 
-fn conflict_row(conflict: &Conflict) -> [String; 8] {
+/// Appends a line. A container's author may have had a word in it: it stays one line, without control characters.
+fn line(text: &mut String, line: String) {
+    *text += &plain(line);
+    text.push('\n');
+}
+
+fn conflict_row(conflict: &Conflict) -> [Cow<'_, str>; 8] {
     [
-        utc(conflict.time),
-        short(&conflict.container),
-        conflict.key.clone(),
-        conflict.wanted.clone(),
-        conflict.kept.clone(),
-        or_dash(&conflict.holders.iter().map(|id| short(id)).collect::<Vec<_>>().join(", ")),
+        utc(conflict.time).into(),
+        short(&conflict.container).into(),
+        conflict.key.as_str().into(),
+        conflict.wanted.as_str().into(),
+        conflict.kept.as_str().into(),
+        or_dash(conflict.holders.iter().map(|id| short(id)).collect::<Vec<_>>().join(", ")),
         conflict.outcome.name().into(),
-        conflict.reason.clone(),
+        conflict.reason.as_str().into(),
     ]
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
-    }
-    table
+/// Columns under their headings, the cells aligned to the left. Its own few lines, because ten thousand containers make
+/// more cells than what can draw every kind of table gets through in a second.
+struct Table<'a, const N: usize> {
+    rows: Vec<[Cow<'a, str>; N]>,
 }
 
-/// A table's lines, without the blanks at their ends.
-fn lines(table: &Table) -> String {
-    table.trim_fmt() + "\n"
+impl<'a, const N: usize> Table<'a, N> {
+    fn new(header: [&'a str; N]) -> Self {
+        Self { rows: vec![header.map(Cow::Borrowed)] }
+    }
+
+    fn add(&mut self, row: [Cow<'a, str>; N]) {
+        self.rows.push(row.map(|cell| match cell.contains(char::is_control) {
+            true => cell.replace(char::is_control, " ").into(),
+            false => cell,
+        }));
+    }
+
+    /// The lines, without the blanks at their ends.
+    fn text(&self) -> String {
+        let mut widths = [0; N];
+        for row in &self.rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = cell_width(cell).max(*width);
+            }
+        }
+        let mut text = String::new();
+        for row in &self.rows {
+            let mut blanks = 0;
+            for (cell, width) in row.iter().zip(widths) {
+                if !cell.is_empty() {
+                    text.extend(std::iter::repeat_n(' ', blanks));
+                    text.push_str(cell);
+                    blanks = 0;
+                }
+                blanks += width - cell_width(cell) + 2;
+            }
+            text.push('\n');
+        }
+        text
+    }
+}
+
+fn cell_width(cell: &str) -> usize {
+    if cell.is_ascii() { cell.len() } else { cell.chars().count() }
 }
 
 /// Engines' ids have 64 digits; twelve are what they show themselves.
-fn short(id: &str) -> String {
+fn short(id: &str) -> &str {
     let is_hash = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
-    if is_hash { id[..12].into() } else { id.into() }
+    if is_hash { &id[..12] } else { id }
 }
 
-fn or_dash(text: &str) -> String {
+fn or_dash(text: String) -> Cow<'static, str> {
     if text.is_empty() { "-".into() } else { text.into() }
 }
 
@@ -256,6 +309,13 @@ fn utc(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_wrote_stays_on_its_line() {
+        let mut text = String::new();
+        line(&mut text, "Warning: a\n\u{1b}[2Jb".into());
+        assert_eq!(text, "Warning: a\\n\\u{1b}[2Jb\n");
+    }
 
     #[test]
     fn dates() {
