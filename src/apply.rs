@@ -10,7 +10,7 @@ use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
 use crate::kernel::{self, Change, Facts, Kernel, RouteState, Seen, sysctl};
-use crate::ledger::record::{Conflict, ConflictOutcome, Record, VERSION, Writer};
+use crate::ledger::record::{Conflict, ConflictOutcome, OwnedSetting, Record, Scope, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
 use crate::plan::{Holder, HostSetting, Input, Plan, scope};
@@ -207,7 +207,12 @@ impl Work<'_> {
             Some(record) if same_life => self.call.request.clone().on_top_of(&record.request)?,
             _ => self.call.request.clone(),
         };
-        let keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
+        let mut keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
+        // What an earlier apply of this container set and this one does not ask for goes back.
+        let before = record.iter().flat_map(Record::versions).flat_map(|version| &version.settings);
+        keys.extend(before.filter(|owned| owned.scope == Scope::Netns).map(|owned| owned.key.clone()));
+        keys.sort();
+        keys.dedup();
         let mut facts = self.kernel.facts(&keys)?;
         if request.patterns().into_values().any(|(_, flags)| flags.is_off()) {
             facts.default_route_links = self.kernel.default_route_links()?;
@@ -216,10 +221,8 @@ impl Work<'_> {
             Some(ledger) => ledger.others(&container, &self.instance.netns, &self.instance.boot_id)?,
             None => Default::default(),
         };
-        let wanted: BTreeMap<SettingKey, String> =
-            request.settings().into_iter().map(|(key, (_, value))| (key.clone(), value.into())).collect();
         let host = match ledger {
-            Some(ledger) => self.host_side(ledger, locked, &wanted, &mut facts)?,
+            Some(ledger) => self.host_side(ledger, locked, &request, &mut facts)?,
             None => HostSide::default(),
         };
         // An earlier life in this very namespace; without a cookie the inode may be another one's by now.
@@ -241,22 +244,22 @@ impl Work<'_> {
         Ok(Known { request, record, previous, host, plan })
     }
 
-    /// Reads the ledger's pages on the host-wide settings among `wanted`. What a killed hook or dead containers left
+    /// Reads the ledger's pages on the host-wide settings of the request. What a killed hook or dead containers left
     /// behind is settled, if the setting's lock is held; `facts` are as the kernel is, or would be, after that.
     fn host_side(
         &mut self,
         ledger: &Ledger,
         locked: Option<&[SettingKey]>,
-        wanted: &BTreeMap<SettingKey, String>,
+        request: &Request,
         facts: &mut Facts,
     ) -> Result<HostSide> {
         let container = self.instance.container.key();
         let is_locked = |key: &SettingKey| locked.is_some_and(|locked| locked.contains(key));
         let mut side = HostSide::default();
         let mut left_behind = Vec::new();
-        for (key, wanted) in wanted {
+        for (key, (wish, wanted)) in request.settings() {
             let Some(seen) = facts.settings.get(key) else { continue };
-            if scope::of(key, facts.kind, &facts.release, seen) != Ok(ledger::record::Scope::Host) {
+            if scope::of(key, facts.kind, &facts.release, seen) != Ok(Scope::Host) {
                 continue;
             }
             let page = ledger.setting(key);
@@ -265,9 +268,14 @@ impl Work<'_> {
                 page.recover(actual)?;
             }
             // Who else relies on it matters only where it has to change: a shared start reads one small file.
-            let as_wanted = actual.is_some_and(|actual| setting::same(key, actual, wanted));
+            let equal = actual.is_some_and(|actual| setting::same(key, actual, wanted));
+            let own = page.claim_of(&container)?;
+            // A value that is there only because of an earlier life, and that this one may not ask for, is on its way out.
+            let is_leaving = own.as_ref().is_some_and(|own| !own.instance.is_same_life(&self.instance))
+                && self.context.policy.allows_setting(&wish.source, key, wanted, Scope::Host).is_err();
+            let as_wanted = equal && !is_leaving;
             let Some(setting) = (if as_wanted { page.read_value()? } else { page.read()? }) else { continue };
-            side.own_claims.extend(page.claim_of(&container)?.map(|claim| (key.clone(), claim)));
+            side.own_claims.extend(own.map(|claim| (key.clone(), claim)));
             if let Some(back) = setting.left_behind(&self.instance.boot_id).filter(|_| !as_wanted) {
                 left_behind.push((key.clone(), back.to_string()));
             }
@@ -280,7 +288,8 @@ impl Work<'_> {
                 let keys = std::slice::from_ref(&key);
                 let drifted = release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, keys, Whose::Dead)?;
                 ledger.record_conflicts(&drifted)?;
-                facts.settings.extend(self.kernel.facts(keys)?.settings);
+                // Only this one: of the others that are read in any case, some are as they would be.
+                facts.settings.extend(self.kernel.facts(keys)?.settings.remove_entry(&key));
                 side.settings.remove(&key);
                 side.pages.remove(&key);
                 if let Some(setting) = ledger.setting(&key).read()? {
@@ -381,7 +390,14 @@ impl Work<'_> {
         }
         let (pid, process) = Process::own()?;
         // Of an interrupted record, what was in force before it.
-        let before = known.previous.as_ref().and_then(|record| record.versions().last().cloned()).map(Box::new);
+        let mut before = known.record.as_ref().and_then(|record| record.versions().last().cloned()).map(Box::new);
+        if let Some(before) = before.as_mut().filter(|_| known.previous.is_none()) {
+            // Of another namespace: only its claims on the host's values are there to be settled.
+            before.interfaces.clear();
+            before.leaving.clear();
+            before.limits = None;
+            before.settings.retain(|owned| owned.scope == Scope::Host);
+        }
         let at_work = Writer { pid, start_time: process.start_time, before };
         let mut progress = Progress::default();
         let done = self.work(ledger, known, at_work, &mut progress).and_then(|record| {
@@ -391,16 +407,7 @@ impl Work<'_> {
             let second = self.plan(Some(ledger), Some(keys))?;
             self.round(ledger, keys, &second)
         });
-        match done {
-            Ok(Done::Applied(mut record, changed)) => {
-                if let Err(error) = self.forget_earlier_life(ledger, known) {
-                    record.warnings.push(format!("what an earlier life of this container held is left: {error:#}"));
-                }
-                Ok(Done::Applied(record, changed))
-            }
-            Ok(other) => Ok(other),
-            Err(error) => Err(self.undo(ledger, known, &progress, error)),
-        }
+        done.map_err(|error| self.undo(ledger, known, &progress, error))
     }
 
     /// Announces, does, reads back, writes down.
@@ -426,6 +433,12 @@ impl Work<'_> {
         for claim in &plan.claims {
             let page = ledger.setting(&claim.key);
             page.enter(claim, &self.instance)?;
+        }
+        // Before the record forgets it.
+        if let Err(error) = self.forget_earlier_life(ledger, known) {
+            record.warnings.push(format!("what an earlier life of this container held is left: {error:#}"));
+            // It stays on record, so that the next apply or the release tries again.
+            record.settings.extend(self.still_claimed(ledger, known)?);
         }
         ledger.write_record(&record)?;
         Ok(record)
@@ -512,12 +525,30 @@ impl Work<'_> {
         }
     }
 
+    /// What is recorded of an earlier life and could not be given up.
+    fn still_claimed(&self, ledger: &Ledger, known: &Known) -> Result<Vec<OwnedSetting>> {
+        let container = self.instance.container.key();
+        let earlier = known.record.iter().flat_map(Record::versions).flat_map(|version| &version.settings);
+        let mut left: Vec<OwnedSetting> = Vec::new();
+        for owned in earlier.filter(|owned| owned.scope == Scope::Host && owned.claimed) {
+            let is_known = known.plan.claims.iter().map(|claim| &claim.key).chain(left.iter().map(|own| &own.key));
+            if is_known.into_iter().all(|key| *key != owned.key)
+                && ledger.setting(&owned.key).claim_of(&container)?.is_some()
+            {
+                left.push(owned.clone());
+            }
+        }
+        Ok(left)
+    }
+
     /// The claims of an earlier life that this one does not have any more.
     fn forget_earlier_life(&mut self, ledger: &Ledger, known: &Known) -> Result<()> {
         let Some(record) = &known.record else { return Ok(()) };
         let kept: Vec<&SettingKey> = known.plan.claims.iter().map(|claim| &claim.key).collect();
         let gone: Vec<SettingKey> = record.host_claims().filter(|key| !kept.contains(key)).cloned().collect();
-        release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, &gone, Whose::OwnAndDead)?;
+        let kernel = self.kernel.as_mut();
+        let drifted = release::give_up_claims(ledger, kernel, &self.instance, &gone, Whose::OwnAndDead)?;
+        ledger.record_conflicts(&drifted)?;
         let netns: &NetnsId = &record.instance.netns;
         if *netns != self.instance.netns {
             ledger.leave_namespace(&self.instance.container.key(), netns)?;
@@ -530,3 +561,7 @@ impl Work<'_> {
 #[cfg(test)]
 #[path = "apply_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "properties.rs"]
+mod properties;

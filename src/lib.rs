@@ -22,6 +22,8 @@ pub mod context;
 pub mod deadline;
 pub mod error;
 pub mod front;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod instance;
 pub mod kernel;
 pub mod ledger;

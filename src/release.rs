@@ -8,13 +8,11 @@ use crate::context::Context;
 use crate::deadline::Deadline;
 use crate::instance::{self, ContainerId, Instance};
 use crate::kernel::netns::{Namespace, Visit};
-use crate::kernel::{self, Change, Endpoint, Facts, Kernel};
-use crate::ledger::record::{
-    Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedSetting, Record, Scope,
-};
+use crate::kernel::{self, Change, Kernel};
+use crate::ledger::record::{Conflict, Record};
 use crate::ledger::setting::Claim;
 use crate::ledger::{self, Ledger, Locks};
-use crate::request::flags::EndpointFlags;
+use crate::plan::undo;
 use crate::request::setting::{self, SettingKey};
 
 /// Why a container is let go.
@@ -107,7 +105,7 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
         if inside {
             let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
             let facts = kernel.facts(&keys)?;
-            let changes = undo_in_namespace(record, &siblings, &facts, &mut conflicts);
+            let changes = undo::in_namespace(record, &siblings, &facts, ledger::now(), &mut conflicts);
             for change in &changes {
                 kernel.perform(change)?;
             }
@@ -161,132 +159,6 @@ fn find_namespace(record: &Record, siblings: &[Record], boot_id: &str) -> Result
     Ok(None)
 }
 
-/// What puts the namespace back to what it would be without this container: to what a sibling relies on, else to what
-/// was there before. What somebody else changed since is theirs.
-pub fn undo_in_namespace(
-    record: &Record,
-    siblings: &[Record],
-    facts: &Facts,
-    conflicts: &mut Vec<Conflict>,
-) -> Vec<Change> {
-    let mut changes = Vec::new();
-    let mut addresses = Vec::new();
-    for owned in record.endpoints() {
-        if !addresses.contains(&owned.address) {
-            addresses.push(owned.address);
-            undo_endpoint(record, owned, siblings, facts, &mut changes);
-        }
-    }
-    for interface in record.interfaces.iter().rev() {
-        let Some(link) = &interface.link else { continue };
-        changes.extend(undo_link(record, &interface.name, link, siblings, facts));
-    }
-    if let (Some(limits), Some(now)) = (record.limits, facts.limits) {
-        // No lower than what a sibling has recorded: it would take the lower one for somebody else's.
-        let theirs = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.set);
-        let back = theirs.reduce(LimitPair::max).unwrap_or(limits.original);
-        let now = LimitPair::from(now);
-        let is_ours = record.versions().filter_map(|version| version.limits).any(|limits| limits.set == now);
-        if is_ours && back != now {
-            changes.push(Change::Limits(back.into()));
-        }
-    }
-    for owned in record.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
-        changes.extend(undo_setting(record, owned, siblings, facts, conflicts));
-    }
-    changes
-}
-
-/// What the sibling that was set up last has to say.
-fn newest<T>(siblings: &[Record], what: impl Fn(&Record) -> Option<T>) -> Option<T> {
-    siblings
-        .iter()
-        .filter_map(|sibling| Some((sibling.time, what(sibling)?)))
-        .max_by_key(|(time, _)| *time)
-        .map(|(_, t)| t)
-}
-
-fn undo_endpoint(
-    record: &Record,
-    owned: &OwnedEndpoint,
-    siblings: &[Record],
-    facts: &Facts,
-    changes: &mut Vec<Change>,
-) {
-    let Some(now) = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) else { return };
-    // One with another id is somebody else's, made after ours was deleted.
-    if owned.id != 0 && owned.id != now.id {
-        return;
-    }
-    let theirs = newest(siblings, |sibling| {
-        let mut endpoints = sibling.interfaces.iter().flat_map(|interface| &interface.endpoints);
-        endpoints.find(|e| e.address == owned.address).map(|e| e.flags)
-    });
-    let is_ours = record.endpoints().any(|own| own.address == now.address && own.flags == now.flags);
-    match theirs.or(owned.original) {
-        Some(flags) if flags == now.flags || !is_ours => {}
-        Some(flags) => {
-            let back = Endpoint { flags, ..now.clone() };
-            if (flags ^ now.flags) & !EndpointFlags::CHANGEABLE.0 == 0 {
-                changes.push(Change::SetEndpointFlags(back));
-            } else {
-                // A sibling's, which was overridden with another purpose.
-                changes.extend([Change::DeleteEndpoint(now.clone()), Change::AddEndpoint(back)]);
-            }
-        }
-        None => changes.push(Change::DeleteEndpoint(now.clone())),
-    }
-}
-
-fn undo_link(record: &Record, name: &str, link: &OwnedLink, siblings: &[Record], facts: &Facts) -> Option<Change> {
-    let of = |record: &Record| {
-        let mut links = record.interfaces.iter().filter_map(|interface| interface.link.clone());
-        links.find(|other| other.index == link.index)
-    };
-    let theirs = newest(siblings, |sibling| of(sibling).map(|other| other.bits));
-    let back = theirs.unwrap_or(link.original) & link.mask;
-    let now = facts.links.iter().find(|l| l.index == link.index)?.flags & link.mask;
-    let is_ours = record.versions().filter_map(of).any(|own| own.bits == now & own.mask);
-    let change = Change::LinkFlags { index: link.index, name: name.into(), bits: back, mask: link.mask };
-    (is_ours && back != now).then_some(change)
-}
-
-fn undo_setting(
-    record: &Record,
-    owned: &OwnedSetting,
-    siblings: &[Record],
-    facts: &Facts,
-    conflicts: &mut Vec<Conflict>,
-) -> Option<Change> {
-    let key = &owned.key;
-    let seen = facts.settings.get(key)?;
-    let now = seen.target.value()?;
-    let of = |record: &Record| record.settings.iter().find(|s| s.key == *key && s.claimed).map(|s| s.value.clone());
-    let back = newest(siblings, of).or_else(|| owned.original.clone())?;
-    if setting::same(key, now, &back) {
-        return None;
-    }
-    if !record.versions().filter_map(of).any(|ours| setting::same(key, now, &ours)) {
-        conflicts.push(drift(&record.instance, key, &owned.value, now));
-        return None;
-    }
-    let host = seen.host.value().map(String::from);
-    Some(Change::NetnsSysctl { key: key.clone(), value: back, host })
-}
-
-fn drift(instance: &Instance, key: &SettingKey, ours: &str, now: &str) -> Conflict {
-    Conflict {
-        time: ledger::now(),
-        container: instance.container.id.clone(),
-        key: key.to_string(),
-        wanted: ours.into(),
-        kept: now.into(),
-        holders: Vec::new(),
-        outcome: ConflictOutcome::Drift,
-        reason: format!("{key} was set to {ours} and somebody has changed it to {now} since; it is left alone"),
-    }
-}
-
 /// Whose claims are struck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
@@ -333,7 +205,7 @@ pub fn give_up_claims(
         });
         if let Some(actual) = actual {
             if !setting.is(actual) {
-                conflicts.push(drift(instance, key, &setting.value, actual));
+                conflicts.push(undo::drift(instance, key, &setting.value, actual, ledger::now()));
             } else {
                 let back = left.last().map_or(&setting.original, |claim| &claim.value);
                 if !setting::same(key, back, actual) {

@@ -203,7 +203,7 @@ impl Work {
     /// The pages of the host-wide settings.
     fn settings(&mut self, ledger: &Ledger, context: &Context) -> Result<()> {
         let records = || -> Result<Vec<Record>> { Ok(ledger.records()?.into_iter().filter_map(Result::ok).collect()) };
-        let claimed = |record: &Record| record.versions().flat_map(Record::host_claims).cloned().collect::<Vec<_>>();
+        let claimed = |record: &Record| record.host_claims().cloned().collect::<Vec<_>>();
         let mut keys: BTreeSet<SettingKey> = ledger.setting_keys()?.into_iter().collect();
         keys.extend(records()?.iter().flat_map(claimed));
         if keys.is_empty() {
@@ -448,7 +448,7 @@ struct Relied {
 impl Relied {
     /// By setting.
     fn of(record: &Record) -> Vec<(SettingKey, Self)> {
-        let mut keys: Vec<&SettingKey> = record.versions().flat_map(Record::host_claims).collect();
+        let mut keys: Vec<&SettingKey> = record.host_claims().collect();
         keys.sort();
         keys.dedup();
         let own = |version: &Record, key: &SettingKey| {

@@ -2,7 +2,7 @@
 //! accept silently included. A [`FakeHost`] is one machine: all [`FakeKernel`]s of it share the values that the kernel
 //! has once, and each sees its own network namespace.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
@@ -101,6 +101,26 @@ pub enum Fault {
 /// What unwinds from a hook that was killed. No panic message is printed for it.
 #[derive(Debug)]
 pub struct Killed;
+
+thread_local! {
+    static KILLED_AT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The thread's hook is killed at the `number`th point from now on, counted from 1: before and after each change to the
+/// kernel, when it reads back, and at each change to the ledger's files. 0 is never. What was asked for before is
+/// forgotten; false if it had not come to that.
+pub fn kill_at(number: usize) -> bool {
+    KILLED_AT.replace(number) == 0
+}
+
+/// A point at which a hook can be killed.
+pub fn kill_point() {
+    let left = KILLED_AT.get();
+    KILLED_AT.set(left.saturating_sub(1));
+    if left == 1 {
+        resume_unwind(Box::new(Killed));
+    }
+}
 
 struct Machine {
     kind: Kind,
@@ -747,7 +767,8 @@ impl Kernel for FakeKernel {
             let number = machine.changes.len();
             machine.faults.remove(&number)
         };
-        match fault {
+        kill_point();
+        let done = match fault {
             None => self.change(change),
             Some(Fault::Refused) => bail!("cannot {change}: the kernel refuses it"),
             Some(Fault::Ignored) => Ok(()),
@@ -760,7 +781,9 @@ impl Kernel for FakeKernel {
                 somebody(&self.host);
                 self.change(change)
             }
-        }
+        };
+        kill_point();
+        done
     }
 
     fn confirm(&mut self, changes: &[&Change]) -> Result<()> {
@@ -768,6 +791,7 @@ impl Kernel for FakeKernel {
         if killed {
             resume_unwind(Box::new(Killed));
         }
+        kill_point();
         changes.iter().try_for_each(|change| self.read_back(change, changes))
     }
 

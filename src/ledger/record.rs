@@ -1,5 +1,6 @@
 //! What the ledger remembers of one instance. The record is the truth; the directories beside it are an index.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -57,9 +58,11 @@ impl Record {
         })
     }
 
-    /// The host-wide settings that this instance has a claim on.
+    /// The host-wide settings that this instance has a claim on, in any version, each once.
     pub fn host_claims(&self) -> impl Iterator<Item = &SettingKey> {
-        self.settings.iter().filter(|owned| owned.scope == Scope::Host && owned.claimed).map(|owned| &owned.key)
+        let settings = self.versions().flat_map(|version| &version.settings);
+        let claimed = settings.filter(|owned| owned.scope == Scope::Host && owned.claimed).map(|owned| &owned.key);
+        claimed.collect::<BTreeSet<_>>().into_iter()
     }
 
     /// Whether only the time differs.

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::files;
+use super::parallel;
 use super::record::VERSION;
 use crate::instance::Instance;
 use crate::request::setting::{self, SettingKey};
@@ -100,15 +101,25 @@ pub fn directory_name(key: &SettingKey) -> String {
 pub fn key_of(directory: &str) -> Option<SettingKey> {
     let key = match directory.contains('~') {
         true => SettingKey::sysctl(&directory.replace('~', "/")),
-        false => SettingKey::module(directory),
+        false => SettingKey::module(directory.strip_prefix("module:")?),
     };
     key.ok().filter(|key| directory_name(key) == directory)
+}
+
+/// What a file says, and what is wrong with it.
+type Told<T> = (Option<T>, Option<anyhow::Error>);
+
+fn split<T>(read: Result<Option<T>>) -> Told<T> {
+    match read {
+        Ok(content) => (content, None),
+        Err(error) => (None, Some(error)),
+    }
 }
 
 /// What can be read of a page, and what cannot.
 #[derive(Debug, Default)]
 pub struct Survey {
-    /// What the page says, without what cannot be read. None without a value.
+    /// What the page says, without what cannot be read, and without the claims. None without a value.
     pub setting: Option<Setting>,
     /// Whether the value's own file is there and can be read.
     pub has_value: bool,
@@ -175,25 +186,42 @@ impl Page {
 
     /// Reads what can be read.
     pub fn survey(&self) -> Survey {
+        self.survey_by(
+            |path| split(files::read(path)),
+            |path| split(files::read(path)),
+            |path| split(files::read(path)),
+        )
+    }
+
+    /// The same to be shown, whoever may have written it; that is then among the faults.
+    pub fn survey_to_show(&self) -> Survey {
+        self.survey_by(files::read_to_show, files::read_to_show, files::read_to_show)
+    }
+
+    fn survey_by(
+        &self,
+        read_value: fn(&Path) -> Told<Value>,
+        read_intent: fn(&Path) -> Told<Intent>,
+        read_claim: fn(&Path) -> Told<Claim>,
+    ) -> Survey {
         let mut survey = Survey::default();
         let path = self.directory.join("value");
-        let value = files::read::<Value>(&path).unwrap_or_else(|error| {
-            survey.faults.push((path, error));
-            None
-        });
+        let (value, fault) = read_value(&path);
+        survey.faults.extend(fault.map(|fault| (path, fault)));
         let path = self.directory.join("intent");
-        survey.intent = files::read::<Intent>(&path).unwrap_or_else(|error| {
-            survey.faults.push((path, error));
-            None
-        });
+        let (intent, fault) = read_intent(&path);
+        survey.intent = intent;
+        survey.faults.extend(fault.map(|fault| (path, fault)));
         let claims = self.directory.join("claims");
         match files::names(&claims) {
             Ok(names) => {
-                for name in names {
-                    match files::read::<Claim>(&claims.join(&name)) {
-                        Ok(claim) => survey.claims.extend(claim.map(|claim| (name, claim))),
-                        Err(error) => survey.faults.push((claims.join(name), error)),
-                    }
+                let read = |name: String| {
+                    let told = read_claim(&claims.join(&name));
+                    (name, told)
+                };
+                for (name, (claim, fault)) in parallel::map(names, read) {
+                    survey.faults.extend(fault.map(|fault| (claims.join(&name), fault)));
+                    survey.claims.extend(claim.map(|claim| (name, claim)));
                 }
             }
             Err(error) => survey.faults.push((claims, error)),
@@ -210,8 +238,8 @@ impl Page {
             _ => None,
         };
         survey.setting = said.map(|(key, original, value)| {
-            let claims = survey.claims.iter().map(|(_, claim)| claim.clone()).collect();
-            Setting { key, original, value, claims, intent: survey.intent.clone() }
+            let intent = survey.intent.clone();
+            Setting { key, original, value, claims: Vec::new(), intent }
         });
         survey
     }

@@ -6,6 +6,7 @@ pub mod scope;
 mod settings;
 #[cfg(test)]
 mod tests;
+pub mod undo;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -190,6 +191,18 @@ struct Draft<'a> {
     plan: Plan,
 }
 
+/// Of how many holders the record of a conflict has the ids: the history is bounded.
+const HOLDERS_MAX: usize = 100;
+
+/// The ids of containers for a message; of very many the first.
+fn named(ids: &[String]) -> String {
+    let mut text = ids.iter().take(HOLDERS_MAX).cloned().collect::<Vec<_>>().join(", ");
+    if let Some(more) = ids.len().checked_sub(HOLDERS_MAX).filter(|more| *more > 0) {
+        text += &format!(" and {more} more");
+    }
+    text
+}
+
 /// Something asked for that others or the policy stand against.
 struct Clash<'a> {
     key: String,
@@ -234,7 +247,7 @@ impl<'a> Draft<'a> {
             key: clash.key,
             wanted: clash.wanted,
             kept: clash.kept,
-            holders: clash.holders,
+            holders: clash.holders.into_iter().take(HOLDERS_MAX).collect(),
             outcome,
             reason: clash.reason,
         });
@@ -306,7 +319,7 @@ impl<'a> Draft<'a> {
         let reason = format!(
             "{} is {kept} for {} in the same network namespace, and {} asks for {}",
             wanted.name,
-            ids.join(", "),
+            named(&ids),
             wanted.wish.source,
             wanted.flags
         );

@@ -2,10 +2,10 @@
 
 use anyhow::{Result, bail};
 
-use super::Draft;
+use super::{Draft, undo};
 use crate::error::usage;
 use crate::kernel::{Change, ENDPOINTS_MAX};
-use crate::ledger::record::{Interface, OwnedLink, Record, State};
+use crate::ledger::record::{OwnedLink, Record, State};
 use crate::request::Limit;
 use crate::request::flags::{IFF_MPBACKUP, IFF_NOMULTIPATH};
 use crate::request::setting::{self, SettingKey};
@@ -109,20 +109,17 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
 /// Gives the bits back of interfaces that were set and are no longer asked for: a renamed one keeps its bits.
 fn give_back_others(draft: &mut Draft) {
     let input = draft.input;
-    let bits_of = |interfaces: &[Interface], index: u32| {
-        interfaces.iter().filter_map(|interface| interface.link.as_ref()).any(|owned| owned.index == index)
-    };
-    let before = input.previous.into_iter().flat_map(|record| &record.interfaces);
-    for owned in before.filter_map(|interface| interface.link.as_ref()) {
-        let kept = bits_of(&draft.plan.interfaces, owned.index)
-            || input.siblings.iter().any(|sibling| bits_of(&sibling.interfaces, owned.index));
-        let Some(link) = input.facts.links.iter().find(|link| link.index == owned.index && !kept) else { continue };
-        // Somebody else's change since then is theirs.
-        if link.flags & owned.mask != owned.bits || owned.original == owned.bits {
+    let Some(previous) = input.previous else { return };
+    for interface in &previous.interfaces {
+        let Some(owned) = &interface.link else { continue };
+        let mut kept = draft.plan.interfaces.iter().filter_map(|interface| interface.link.as_ref());
+        if kept.any(|kept| kept.index == owned.index) {
             continue;
         }
-        let set = |bits| Change::LinkFlags { index: link.index, name: link.name.clone(), bits, mask: owned.mask };
-        let why = format!("{} is no longer asked for", link.name);
-        draft.step(set(owned.original & owned.mask), Some(set(owned.bits)), why);
+        let Some(link) = input.facts.links.iter().find(|link| link.index == owned.index) else { continue };
+        let Some(change) = undo::link(previous, &link.name, owned, input.siblings, input.facts) else { continue };
+        let now = link.flags & owned.mask;
+        let reverse = Change::LinkFlags { index: link.index, name: link.name.clone(), bits: now, mask: owned.mask };
+        draft.step(change, Some(reverse), format!("{} is no longer asked for", link.name));
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Clash, Draft, HostSetting, Input, scope};
+use super::{Clash, Draft, HostSetting, Input, named, scope, undo};
 use crate::error::usage;
 use crate::kernel::{Change, Seen, SeenSetting};
 use crate::ledger::record::{Outcome, OwnedSetting, Scope};
@@ -66,7 +66,30 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
             Scope::Host => host(draft, &case)?,
         }
     }
+    give_back_others(draft);
     Ok(())
+}
+
+/// Gives the values of the namespace back that this container relied on before and does not any more.
+fn give_back_others(draft: &mut Draft) {
+    let input = draft.input;
+    let Some(previous) = input.previous else { return };
+    for owned in previous.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
+        if draft.plan.settings.iter().any(|own| own.key == owned.key && own.claimed) {
+            continue;
+        }
+        let conflicts = &mut draft.plan.conflicts;
+        let change = undo::setting(previous, owned, input.siblings, input.facts, input.time, conflicts);
+        let Some(change @ Change::NetnsSysctl { .. }) = change else { continue };
+        let now = input.facts.settings.get(&owned.key).and_then(|seen| seen.target.value());
+        let reverse = match (&change, now) {
+            (Change::NetnsSysctl { key, host, .. }, Some(now)) => {
+                Some(Change::NetnsSysctl { key: key.clone(), value: now.into(), host: host.clone() })
+            }
+            _ => None,
+        };
+        draft.step(change, reverse, format!("{} is no longer asked for", owned.key));
+    }
 }
 
 /// The wishes, `pm_type` and `path_manager` brought under the name that this kernel has.
@@ -141,11 +164,8 @@ fn runtime_against_siblings(draft: &mut Draft) {
             .collect();
         let Some((_, kept)) = holders.first().cloned() else { continue };
         let ids: Vec<String> = holders.into_iter().map(|(id, _)| id).collect();
-        let reason = format!(
-            "{} sets {key} = {value}, and {} in the same namespace rely on {kept}",
-            wish.source,
-            ids.join(", ")
-        );
+        let reason =
+            format!("{} sets {key} = {value}, and {} in the same namespace rely on {kept}", wish.source, named(&ids));
         draft.clash(Clash {
             key: key.to_string(),
             wanted: value,
@@ -233,7 +253,7 @@ fn netns(draft: &mut Draft, case: &Case) -> Result<()> {
     let mut outcome = outcome_before(draft, case).filter(|_| equal).unwrap_or(first);
     if let Some((_, kept)) = holders.first() {
         let ids: Vec<String> = holders.iter().map(|(id, _)| id.clone()).collect();
-        let reason = format!("{}, and {} in the same network namespace rely on {kept}", case.says(), ids.join(", "));
+        let reason = format!("{}, and {} in the same network namespace rely on {kept}", case.says(), named(&ids));
         let decided = draft.clash(Clash {
             key: case.key.to_string(),
             wanted: case.value.clone(),
@@ -326,7 +346,7 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
                     "{} for the whole host, and {} relied on by {} (on-conflict=warn would start it at that value)",
                     case.says(),
                     format_args!("{} is", setting::describe(&case.key, &first.value)),
-                    ids.join(", ")
+                    named(&ids)
                 ),
                 true,
             )),
