@@ -271,7 +271,7 @@ impl World {
     }
 
     fn conflicts(&self) -> Vec<Conflict> {
-        self.ledger().conflicts().unwrap()
+        self.ledger().conflicts().unwrap().items
     }
 
     fn value(&self, setting: &str) -> String {

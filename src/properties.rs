@@ -885,7 +885,7 @@ impl<'a> World<'a> {
             Ok(world.ledger()?.record(&key)?.map(|record| record.time))
         };
         // What a new life finds may go with what the dead one had claimed.
-        let known = self.ledger()?.conflicts()?.len();
+        let known = self.ledger()?.conflicts()?.items.len();
         let before = time(self)?;
         let done = self.hook(trouble, || self.apply(life, asked));
         let restamped = time(self)? != before;
@@ -961,7 +961,7 @@ impl<'a> World<'a> {
 
     /// Rule 7: "dead instances hold nothing from the moment anybody looks."
     fn nobody_is_refused_for_the_dead(&self, known: usize) -> Result<()> {
-        for conflict in self.ledger()?.conflicts()?.iter().skip(known) {
+        for conflict in self.ledger()?.conflicts()?.items.iter().skip(known) {
             for holder in &conflict.holders {
                 let who = CONTAINERS.iter().position(|id| id == holder).context("nobody's id")?;
                 ensure!(self.life_of(who).is_some(), "{} is held back by {holder}, which is dead", conflict.container);
@@ -975,7 +975,7 @@ impl<'a> World<'a> {
         let recorded = self.ledger()?.conflicts()?;
         for conflict in expected {
             let name = if conflict.key == ETH1 { SETTINGS[ETH1].0.to_string() } else { real(conflict.key).to_string() };
-            let found = recorded.iter().any(|there| {
+            let found = recorded.items.iter().any(|there| {
                 there.container == CONTAINERS[who]
                     && there.key == name
                     && (conflict.key == ETH1 || there.wanted == conflict.wanted)

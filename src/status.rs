@@ -12,7 +12,7 @@ use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
 use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
 use crate::ledger::record::{Conflict, Failure, Outcome, Record, State, Writer};
-use crate::ledger::{Ledger, parallel};
+use crate::ledger::{History, Ledger, parallel};
 use crate::request::setting::SettingKey;
 
 /// What is said of what a hook was killed at.
@@ -28,8 +28,12 @@ pub struct Status {
     pub settings: Vec<HostSetting>,
     /// Who was refused, warned or overridden, and why.
     pub conflicts: Vec<Conflict>,
+    /// How many older ones were dropped from the history.
+    pub conflicts_dropped: usize,
     /// Hooks that failed.
     pub failures: Vec<Failure>,
+    /// How many older ones were dropped from the history.
+    pub failures_dropped: usize,
     /// What could not be read.
     pub problems: Vec<String>,
     /// Whether the ledger is one user's, who cannot protect host-wide values.
@@ -79,7 +83,9 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         containers: Vec::new(),
         settings: Vec::new(),
         conflicts: Vec::new(),
+        conflicts_dropped: 0,
         failures: Vec::new(),
+        failures_dropped: 0,
         problems: Vec::new(),
         rootless: !in_initial_user_namespace() || !nix::unistd::geteuid().is_root(),
     };
@@ -137,11 +143,11 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         Err(error) => status.problems.push(format!("{error:#}")),
     }
     match ledger.conflicts() {
-        Ok(conflicts) => status.conflicts = conflicts,
+        Ok(History { items, dropped }) => (status.conflicts, status.conflicts_dropped) = (items, dropped),
         Err(error) => status.problems.push(format!("{error:#}")),
     }
     match ledger.failures() {
-        Ok(failures) => status.failures = failures,
+        Ok(History { items, dropped }) => (status.failures, status.failures_dropped) = (items, dropped),
         Err(error) => status.problems.push(format!("{error:#}")),
     }
     if let Some(name) = name {

@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
 
 use crate::deadline::Deadline;
 use crate::kernel::netns::NetnsId;
@@ -414,39 +414,68 @@ impl Ledger {
             if !is_full() {
                 return self.append(name, items);
             }
-            std::fs::rename(&path, self.directory.join(format!("{name}.old")))
-                .with_context(|| format!("cannot move {} away", path.display()))?;
+            let old = self.directory.join(format!("{name}.old"));
+            let before: History<IgnoredAny> = read_history(&path)?;
+            let dropped = Dropped { dropped: before.dropped + read_history::<IgnoredAny>(&old)?.items.len() };
+            std::fs::rename(&path, &old).with_context(|| format!("cannot move {} away", path.display()))?;
+            if dropped.dropped > 0 {
+                lines.splice(0..0, serde_json::to_vec(&dropped)?.into_iter().chain(*b"\n"));
+            }
         }
         // One write in append mode: lines of several hooks do not mix.
         files::open_to_append(&path)?.write_all(&lines).with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// The history of conflicts, oldest first. Lines that a full disk cut short are passed over.
-    pub fn conflicts(&self) -> Result<Vec<Conflict>> {
+    pub fn conflicts(&self) -> Result<History<Conflict>> {
         self.history("conflicts")
     }
 
     /// The history of failures, oldest first.
-    pub fn failures(&self) -> Result<Vec<Failure>> {
+    pub fn failures(&self) -> Result<History<Failure>> {
         self.history("failures")
     }
 
-    fn history<T: DeserializeOwned>(&self, name: &str) -> Result<Vec<T>> {
-        let mut items = Vec::new();
-        for name in [format!("{name}.old"), name.into()] {
-            let path = self.directory.join(name);
-            let file = match files::open(&path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
-            };
-            for line in BufReader::new(file).lines() {
-                let line = line.with_context(|| format!("cannot read {}", path.display()))?;
-                items.extend(serde_json::from_str::<T>(&line));
-            }
-        }
-        Ok(items)
+    fn history<T: DeserializeOwned>(&self, name: &str) -> Result<History<T>> {
+        let mut history = read_history(&self.directory.join(format!("{name}.old")))?;
+        let newer = read_history(&self.directory.join(name))?;
+        history.items.extend(newer.items);
+        history.dropped = newer.dropped;
+        Ok(history)
     }
+}
+
+/// What is remembered of a history.
+#[derive(Debug)]
+pub struct History<T> {
+    /// Its lines, oldest first.
+    pub items: Vec<T>,
+    /// How many older ones were dropped, because it had grown too long.
+    pub dropped: usize,
+}
+
+/// The first line of a file of a history of which something was dropped.
+#[derive(Serialize, Deserialize)]
+struct Dropped {
+    dropped: usize,
+}
+
+/// Reads one file of a history; one that is not there is empty.
+fn read_history<T: DeserializeOwned>(path: &Path) -> Result<History<T>> {
+    let mut history = History { items: Vec::new(), dropped: 0 };
+    let file = match files::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(history),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    for line in BufReader::new(file).lines() {
+        let line = line.with_context(|| format!("cannot read {}", path.display()))?;
+        match serde_json::from_str(&line) {
+            Ok(Dropped { dropped }) => history.dropped = dropped,
+            Err(_) => history.items.extend(serde_json::from_str::<T>(&line)),
+        }
+    }
+    Ok(history)
 }
 
 /// Whether it is a directory that is to be looked into, and what is wrong with it. What is gone meanwhile was no oddity.

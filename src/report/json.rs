@@ -13,7 +13,9 @@ struct Root<'a> {
     containers: Vec<Container<'a>>,
     settings: Vec<Setting<'a>>,
     conflicts: &'a [Conflict],
+    conflicts_dropped: usize,
     failures: &'a [Failure],
+    failures_dropped: usize,
     problems: &'a [String],
     rootless: bool,
 }
@@ -133,7 +135,9 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
         containers: containers.collect(),
         settings: settings.collect(),
         conflicts: &status.conflicts,
+        conflicts_dropped: status.conflicts_dropped,
         failures: &status.failures,
+        failures_dropped: status.failures_dropped,
         problems: &status.problems,
         rootless: status.rootless,
     };

@@ -113,6 +113,7 @@ pub fn status(status: &Status) -> String {
             table.add(conflict_row(conflict));
         }
         text += &table.text();
+        dropped(&mut text, status.conflicts_dropped);
     }
     if !status.failures.is_empty() {
         text += "\nHooks that failed\n";
@@ -122,12 +123,20 @@ pub fn status(status: &Status) -> String {
             table.add([utc(*time).into(), short(container).into(), status.to_string().into(), reason.as_str().into()]);
         }
         text += &table.text();
+        dropped(&mut text, status.failures_dropped);
     }
     for problem in &status.problems {
         text.push('\n');
         line(&mut text, format!("Problem: {problem}"));
     }
     text
+}
+
+/// Says that a history had older lines.
+fn dropped(text: &mut String, number: usize) {
+    if number > 0 {
+        line(text, format!("({number} older ones were dropped: the history is bounded)"));
+    }
 }
 
 fn containers(status: &Status) -> String {
