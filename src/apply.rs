@@ -76,11 +76,54 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
             kernel::release()
         );
     };
-    let work = Work { call, context, instance, kernel, kind };
+    let work = Work { call, context, instance, kernel, kind, follows: None };
     match ledger {
         Some(ledger) if !dry_run => work.run(&ledger),
         ledger => work.only_plan(ledger.as_ref()),
     }
+}
+
+/// What came of following a container.
+pub enum Followed {
+    /// It is as it was asked for, or says why not.
+    Kept {
+        /// What happened since, for people.
+        news: Vec<String>,
+        /// Whether an address waits for its link or its way out.
+        waits: bool,
+        /// Whether a route that comes would make a difference.
+        wants_routes: bool,
+    },
+    /// The ledger has another life of it by now, or none.
+    Gone,
+    /// A hook was killed while it worked on it: an apply or a release has to finish that.
+    Interrupted,
+}
+
+/// The agent's part: brings the interfaces of a container back to what was asked for, as links and addresses are now.
+/// Settings are not touched. `visit` is one to the namespace of the instance; in a hurry, no address waits for its way
+/// out.
+pub fn follow(
+    instance: &Instance,
+    mut visit: Visit,
+    hurries: bool,
+    context: &Context,
+    ledger: &Ledger,
+) -> Result<Followed> {
+    if visit.id()? != instance.netns {
+        return Ok(Followed::Gone);
+    }
+    let Some((kind, kernel)) = kernel::open(visit, context.deadline)? else { bail!("the kernel's MPTCP is gone") };
+    let call = Apply {
+        container: instance.container.clone(),
+        place: Place::Inside(instance.pid),
+        netns_path: instance.netns_path.clone(),
+        // The record's, once its lock is held.
+        request: Request::default(),
+        notes: Vec::new(),
+    };
+    let pace = Some(Pace { hurries });
+    Work { call, context, instance: instance.clone(), kernel, kind, follows: pace }.follow(ledger)
 }
 
 /// Opens the namespace. The pid comes with what tells its process from a later one of the same pid.
@@ -109,6 +152,15 @@ struct Work<'a> {
     instance: Instance,
     kernel: Box<dyn Kernel>,
     kind: kernel::Kind,
+    /// The agent's part: it keeps to interfaces and takes no lock of a setting.
+    follows: Option<Pace>,
+}
+
+/// How the agent follows.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Whether no address waits any more.
+    hurries: bool,
 }
 
 /// How far the steps have come.
@@ -169,6 +221,34 @@ impl Work<'_> {
         self.carry_out(ledger, &locks, &keys, known)
     }
 
+    fn follow(mut self, ledger: &Ledger) -> Result<Followed> {
+        let container = self.instance.container.key();
+        let locks = ledger.lock(&container, Some(&self.instance.netns), &[], self.context.deadline)?;
+        let Some(record) = ledger.record(&container)? else {
+            self.forget_locks(ledger, &locks, &[]);
+            return Ok(Followed::Gone);
+        };
+        if !record.instance.is_same_life(&self.instance) {
+            ledger.discard_netns_lock(&locks, &self.instance.netns)?;
+            return Ok(Followed::Gone);
+        }
+        if record.at_work.as_ref().is_some_and(|work| !work.follows) {
+            return Ok(Followed::Interrupted);
+        }
+        self.call.request = record.request;
+        let known = self.plan(Some(ledger), None)?;
+        let before = known.record.clone();
+        match self.round(ledger, &[], &known)? {
+            Done::Applied(record, _) => {
+                let waits = !known.plan.put_off.is_empty();
+                let lacks_route = record.interfaces.iter().any(|interface| interface.route == RouteState::Missing);
+                let wants_routes = waits || lacks_route;
+                Ok(Followed::Kept { news: news(before.as_ref(), &record), waits, wants_routes })
+            }
+            Done::Nothing(_) | Done::Planned(..) => Ok(Followed::Gone),
+        }
+    }
+
     /// The settings that may be the host's, before anything was read.
     fn host_keys(&self, record: Option<&Record>) -> Vec<SettingKey> {
         let may_be_host = |key: &&SettingKey| scope::may_be_host(key, self.kind);
@@ -204,18 +284,33 @@ impl Work<'_> {
             );
         }
         let request = match &record {
-            Some(record) if same_life => self.call.request.clone().on_top_of(&record.request)?,
+            Some(record) if same_life && self.follows.is_none() => {
+                self.call.request.clone().on_top_of(&record.request)?
+            }
             _ => self.call.request.clone(),
         };
-        let mut keys: Vec<SettingKey> = request.settings().into_keys().cloned().collect();
-        // What an earlier apply of this container set and this one does not ask for goes back.
-        let before = record.iter().flat_map(Record::versions).flat_map(|version| &version.settings);
-        keys.extend(before.filter(|owned| owned.scope == Scope::Netns).map(|owned| owned.key.clone()));
-        keys.sort();
-        keys.dedup();
+        // The agent leaves the settings alone.
+        let mut keys: Vec<SettingKey> = match self.follows {
+            Some(_) => Vec::new(),
+            None => request.settings().into_keys().cloned().collect(),
+        };
+        if self.follows.is_none() {
+            // What an earlier apply of this container set and this one does not ask for goes back.
+            let before = record.iter().flat_map(Record::versions).flat_map(|version| &version.settings);
+            keys.extend(before.filter(|owned| owned.scope == Scope::Netns).map(|owned| owned.key.clone()));
+            keys.sort();
+            keys.dedup();
+        }
         let mut facts = self.kernel.facts(&keys)?;
         if request.patterns().into_values().any(|(_, flags)| flags.is_off()) {
             facts.default_route_links = self.kernel.default_route_links()?;
+        }
+        if self.follows.is_some() {
+            let has_endpoint = |ip| facts.endpoints.iter().any(|endpoint| endpoint.address == ip);
+            for address in facts.addresses.iter().filter(|address| address.is_usable() && !has_endpoint(address.ip)) {
+                let way_out = self.kernel.route(address.ip, address.ifindex)?;
+                facts.routes.insert((address.ip, address.ifindex), way_out);
+            }
         }
         let (siblings, mut departed) = match ledger {
             Some(ledger) => ledger.others(&container, &self.instance.netns, &self.instance.boot_id)?,
@@ -240,6 +335,8 @@ impl Work<'_> {
             departed: &departed,
             host: &host.settings,
             time: ledger::now(),
+            follows: self.follows.is_some(),
+            hurries: self.follows.is_some_and(|pace| pace.hurries),
         })?;
         Ok(Known { request, record, previous, host, plan })
     }
@@ -342,6 +439,7 @@ impl Work<'_> {
     fn record(&self, known: &Known, at_work: Option<Writer>) -> Record {
         let mut warnings = self.call.notes.clone();
         warnings.extend(known.plan.warnings.iter().cloned());
+        let lasting_warnings = self.call.notes.len() + known.plan.lasting_warnings;
         Record {
             version: VERSION,
             name: known.request.name().unwrap_or(&self.instance.container.id).into(),
@@ -355,6 +453,8 @@ impl Work<'_> {
             limits: known.plan.limits,
             settings: known.plan.settings.clone(),
             warnings,
+            lasting_warnings,
+            unsettled: known.plan.unsettled,
             time: ledger::nanoseconds(),
         }
     }
@@ -398,7 +498,7 @@ impl Work<'_> {
             before.limits = None;
             before.settings.retain(|owned| owned.scope == Scope::Host);
         }
-        let at_work = Writer { pid, start_time: process.start_time, before };
+        let at_work = Writer { pid, start_time: process.start_time, follows: self.follows.is_some(), before };
         let mut progress = Progress::default();
         let done = self.work(ledger, known, at_work, &mut progress).and_then(|record| {
             if known.plan.deferred.is_empty() {
@@ -543,7 +643,7 @@ impl Work<'_> {
 
     /// The claims of an earlier life that this one does not have any more.
     fn forget_earlier_life(&mut self, ledger: &Ledger, known: &Known) -> Result<()> {
-        let Some(record) = &known.record else { return Ok(()) };
+        let Some(record) = known.record.as_ref().filter(|_| self.follows.is_none()) else { return Ok(()) };
         let kept: Vec<&SettingKey> = known.plan.claims.iter().map(|claim| &claim.key).collect();
         let gone: Vec<SettingKey> = record.host_claims().filter(|key| !kept.contains(key)).cloned().collect();
         let kernel = self.kernel.as_mut();
@@ -556,6 +656,21 @@ impl Work<'_> {
 
         Ok(())
     }
+}
+
+/// What the record has of its interfaces that was not there before: `eth1: 10.0.2.7 came (applied)`.
+fn news(before: Option<&Record>, now: &Record) -> Vec<String> {
+    let last = |record: &Record, name: &str| {
+        record.interfaces.iter().find(|interface| interface.name == name).and_then(|interface| interface.last.clone())
+    };
+    let is_new = |name: &str| last(now, name) != before.and_then(|before| last(before, name));
+    let changed = now.interfaces.iter().filter(|interface| is_new(&interface.name));
+    changed
+        .filter_map(|interface| {
+            let what = &interface.last.as_ref()?.what;
+            Some(format!("{}: {what} ({})", interface.name, interface.state.name()))
+        })
+        .collect()
 }
 
 #[cfg(test)]

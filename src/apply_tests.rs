@@ -188,7 +188,7 @@ impl World {
         let context = self.context();
         let ledger = Ledger::create(&context.state_dir)?;
         let kernel = Box::new(self.host.kernel(container.netns.inode));
-        Work { call, context: &context, instance, kernel, kind: self.host.kind() }.run(&ledger)
+        Work { call, context: &context, instance, kernel, kind: self.host.kind(), follows: None }.run(&ledger)
     }
 
     /// Applies what must succeed. Whether anything was changed.

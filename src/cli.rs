@@ -46,17 +46,21 @@ pub enum Action {
     ReleaseStale,
     /// Mend the ledger.
     Repair,
+    /// Follow containers.
+    Agent,
     /// Show the ledger.
     Status {
         /// Only this container.
         name: Option<String>,
         /// As JSON.
         json: bool,
+        /// Again and again.
+        watch: bool,
     },
 }
 
 /// Options that stand before or after any verb.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Globals {
     /// `--config`.
     pub config: Option<PathBuf>,
@@ -79,6 +83,8 @@ pub enum Verb {
     Status,
     /// The ledger, mended.
     Repair,
+    /// Keeps containers as they were asked for.
+    Agent,
 }
 
 struct VerbHelp {
@@ -89,7 +95,7 @@ struct VerbHelp {
     example: &'static str,
 }
 
-const VERBS: [VerbHelp; 6] = [
+const VERBS: [VerbHelp; 7] = [
     VerbHelp {
         verb: Verb::Oci,
         name: "oci",
@@ -130,7 +136,7 @@ const VERBS: [VerbHelp; 6] = [
     VerbHelp {
         verb: Verb::Status,
         name: "status",
-        usage: "mptcp-hook status [NAME] [--json]",
+        usage: "mptcp-hook status [NAME] [--json | --watch]",
         what: "Shows which containers are set up how, which rely on which host-wide setting, and who was refused and why.\n\
                Takes no lock and changes nothing.",
         example: "Example:\n  mptcp-hook status web --json",
@@ -144,10 +150,19 @@ const VERBS: [VerbHelp; 6] = [
                mptcp-hook release --stale lets them go.",
         example: "Example, when status or a hook says that a file of the ledger is damaged:\n  mptcp-hook repair",
     },
+    VerbHelp {
+        verb: Verb::Agent,
+        name: "agent",
+        usage: "mptcp-hook agent",
+        what: "Keeps running containers as they were asked for while links and addresses come and go, and lets them go when\n\
+               their init has ended. One for the host; a hook starts it where it is needed (--follow), under systemd its\n\
+               unit does. It ends by itself a minute after the last container that needs it.",
+        example: "Example, to see what it does:\n  mptcp-hook agent",
+    },
 ];
 
 /// The words of the contract that this version does not have.
-const NOT_BUILT: [&str; 4] = ["doctor", "capture", "agent", "install"];
+const NOT_BUILT: [&str; 3] = ["doctor", "capture", "install"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Id {
@@ -156,6 +171,7 @@ enum Id {
     Sysctl,
     Module,
     OnConflict,
+    Follow,
     Name,
     /// Only one of its values is in this version.
     PartlyBuilt,
@@ -164,6 +180,7 @@ enum Id {
     DryRun,
     Json,
     Stale,
+    Watch,
     Config,
     StateDir,
     Help,
@@ -182,7 +199,7 @@ struct Flag {
 
 const REQUEST: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply];
 const TARGET: &[Verb] = &[Verb::Apply, Verb::Release];
-const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair];
+const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair, Verb::Agent];
 
 const fn flag(
     id: Id,
@@ -227,7 +244,13 @@ const FLAGS: &[Flag] = &[
     flag(Id::Name, "name", Some("NAME"), REQUEST, "The name to show, and of the file in containers.d."),
     flag(Id::PartlyBuilt, "routes", Some("off"), REQUEST, "auto is not in this version yet."),
     flag(Id::PartlyBuilt, "mptcp", Some("default"), REQUEST, "off and force are not in this version yet."),
-    flag(Id::PartlyBuilt, "follow", Some("never"), REQUEST, "auto and always are not in this version yet."),
+    flag(
+        Id::Follow,
+        "follow",
+        Some("auto|always|never"),
+        REQUEST,
+        "Whether the agent keeps it so while links and addresses come and go; auto if not said:\nwhere something is pending, or an address may go or change.",
+    ),
     flag(Id::Pid, "pid", Some("PID"), TARGET, "TARGET: the namespace of this process."),
     flag(
         Id::Netns,
@@ -239,12 +262,12 @@ const FLAGS: &[Flag] = &[
     flag(Id::DryRun, "dry-run", None, &[Verb::Apply], "Say what would be done and why, and do nothing."),
     flag(Id::Json, "json", None, &[Verb::Apply, Verb::Status], "Print JSON."),
     flag(Id::Stale, "stale", None, &[Verb::Release], "All containers that are dead."),
+    flag(Id::Watch, "watch", None, &[Verb::Status], "Update in place, once a second."),
     flag(Id::Config, "config", Some("FILE"), ALL, "The policy file (/etc/mptcp-hook/config.toml)."),
     flag(Id::StateDir, "state-dir", Some("DIR"), ALL, "The ledger's directory (/run/mptcp-hook)."),
     flag(Id::Help, "help", None, ALL, "Print this help."),
     flag(Id::Version, "version", None, ALL, "Print the version."),
     flag(Id::NotBuilt, "prometheus", None, &[Verb::Status], ""),
-    flag(Id::NotBuilt, "watch", None, &[Verb::Status], ""),
 ];
 
 /// The verb among the arguments, without judging them: an OCI hook has to drain standard input even if its arguments
@@ -345,11 +368,20 @@ struct Read {
     dry_run: bool,
     json: bool,
     stale: bool,
+    watch: bool,
 }
 
 impl Default for Read {
     fn default() -> Self {
-        Self { rank: Rank::CommandLine, wishes: Vec::new(), target: None, dry_run: false, json: false, stale: false }
+        Self {
+            rank: Rank::CommandLine,
+            wishes: Vec::new(),
+            target: None,
+            dry_run: false,
+            json: false,
+            stale: false,
+            watch: false,
+        }
     }
 }
 
@@ -364,6 +396,7 @@ impl Read {
             Id::Sysctl => pair().and_then(|(key, value)| request::sysctl(key, value)),
             Id::Module => pair().and_then(|(key, value)| request::module(key, value)),
             Id::OnConflict => value.parse().map(What::OnConflict),
+            Id::Follow => value.parse().map(What::Follow),
             Id::Name => request::name(value),
             Id::PartlyBuilt => {
                 let option = request::partly_built(flag.long);
@@ -381,6 +414,10 @@ impl Read {
             }
             Id::Stale => {
                 self.stale = true;
+                return Ok(());
+            }
+            Id::Watch => {
+                self.watch = true;
                 return Ok(());
             }
             Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
@@ -416,7 +453,7 @@ impl Read {
                     self.set_target(Target::Known(word))?;
                 }
             }
-            Verb::Status | Verb::Repair | Verb::Oci | Verb::Lxc => {}
+            Verb::Status | Verb::Repair | Verb::Agent | Verb::Oci | Verb::Lxc => {}
         }
         let name = if verb == Verb::Status { words.next() } else { None };
         if let Some(word) = words.next() {
@@ -437,7 +474,9 @@ impl Read {
                 (None, false) => return Err(no_target()),
                 (Some(_), true) => return Err(usage("--stale stands alone: it lets all dead containers go")),
             },
-            Verb::Status => Action::Status { name, json: self.json },
+            Verb::Status if self.json && self.watch => return Err(usage("choose one: --json or --watch")),
+            Verb::Status => Action::Status { name, json: self.json, watch: self.watch },
+            Verb::Agent => Action::Agent,
             Verb::Repair => Action::Repair,
         })
     }
@@ -522,7 +561,7 @@ mod tests {
         for line in ["--state-dir /run/x status --json", "status --json --state-dir=/run/x"] {
             let (globals, action) = read(line).unwrap();
             assert_eq!(globals.state_dir, Some("/run/x".into()));
-            assert!(matches!(action, Action::Status { name: None, json: true }));
+            assert!(matches!(action, Action::Status { name: None, json: true, watch: false }));
         }
     }
 
@@ -580,9 +619,7 @@ mod tests {
         for word in NOT_BUILT {
             assert!(error(word).contains("not in this version yet"));
         }
-        for line in
-            ["status --watch", "status --prometheus", "oci --routes auto", "oci --mptcp force", "oci --follow always"]
-        {
+        for line in ["status --prometheus", "oci --routes auto", "oci --mptcp force"] {
             assert!(error(line).contains("not in this version yet"), "{line}");
         }
         assert!(read("oci --routes off --mptcp default --follow never").is_ok());

@@ -28,13 +28,18 @@ impl Context {
         let initial_user_namespace = in_initial_user_namespace();
         let path = globals.config.as_deref().unwrap_or(Path::new(policy::CONFIG_FILE));
         let policy = config::load(path, globals.config.is_some(), initial_user_namespace)?;
-        let state_dir = match &globals.state_dir {
-            Some(directory) => directory.clone(),
-            None => state_directory(initial_user_namespace)?,
-        };
+        let state_dir = Self::state_dir(globals)?;
         let directory = path.parent().unwrap_or(Path::new("/")).join("containers.d");
         let containers = ContainerFiles { directory, initial_user_namespace };
         Ok(Self { deadline: Deadline::after(policy.deadline), policy, state_dir, containers })
+    }
+
+    /// The ledger's place, which no policy decides.
+    pub fn state_dir(globals: &Globals) -> Result<PathBuf> {
+        match &globals.state_dir {
+            Some(directory) => Ok(directory.clone()),
+            None => state_directory(in_initial_user_namespace()),
+        }
     }
 }
 

@@ -13,9 +13,11 @@
 //! | [`ledger`] | remember it |
 //! | [`report`] | say it |
 //!
-//! The verbs [`apply`], [`release`], [`status`] and [`repair`] take data through them; [`instance`] tells one life of a container
-//! from another, [`context`] holds what a run needs to know about itself.
+//! The verbs [`apply`], [`release`], [`status`] and [`repair`] take data through them, and the [`agent`] takes it there again
+//! when links and addresses change; [`instance`] tells one life of a container from another, [`context`] holds what a
+//! run needs to know about itself.
 
+pub mod agent;
 pub mod apply;
 pub mod cli;
 pub mod context;
@@ -44,17 +46,22 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use agent::start::Position;
 use cli::{Action, Globals, Verb};
 use context::Context;
 use deadline::Deadline;
 use front::{Apply, Call, command, lxc, oci};
-use ledger::Ledger;
+use kernel::netns::own_user_namespace;
 use ledger::record::Failure;
+use ledger::{Following, Ledger};
 use policy::OnError;
 use report::journal::Priority;
 
 /// How long standard input is waited for, before the policy (and with it the deadline) is read.
 const STDIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often `status --watch` looks.
+const WATCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs one command line and reports. The exit status: 0 done, 1 failed and undone, 2 wrong usage, 3 refused.
 ///
@@ -72,6 +79,17 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     match run.verb(arguments, stdin, &variables, begun) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => run.failed(&error),
+    }
+}
+
+/// Shows the ledger in place until the reader goes away.
+fn watch_status(globals: &Globals, name: Option<&str>) -> Result<()> {
+    loop {
+        let status = status::status(&Context::new(globals)?, name)?;
+        if !report::print_in_place(&report::text::status(&status)) {
+            return Ok(());
+        }
+        std::thread::sleep(WATCH_PAUSE);
     }
 }
 
@@ -118,21 +136,21 @@ impl Run {
                 let context = self.hook_context(&globals)?;
                 let state = state.unwrap_or_else(|| oci::parse(&[]))?;
                 let call = state.into_call(wishes, &context.policy, &context.containers)?;
-                self.hook(call, &context)
+                self.hook(call, &context, &globals)
             }
             Action::Lxc(wishes, words) => {
                 let context = self.hook_context(&globals)?;
                 let environment = lxc::Environment::read(variables, &words)?;
                 self.container = Some(environment.name().into());
                 let call = environment.into_call(wishes, &context.policy, &context.containers)?;
-                self.hook(call, &context)
+                self.hook(call, &context, &globals)
             }
             Action::Apply { target, wishes, dry_run, json } => {
                 let context = Context::new(&globals)?;
                 let ledger = Ledger::open(&context.state_dir)?;
                 let call = command::apply(&target, wishes, &context.policy, &context.containers, ledger.as_ref())?;
                 self.container = Some(call.container.id.clone());
-                self.apply(call, &context, dry_run, json)
+                self.apply(call, &context, &globals, dry_run, json)
             }
             Action::Release(target) => {
                 let context = Context::new(&globals)?;
@@ -144,7 +162,9 @@ impl Run {
             }
             Action::ReleaseStale => self.release_stale(&Context::new(&globals)?),
             Action::Repair => self.repair(&Context::new(&globals)?),
-            Action::Status { name, json } => {
+            Action::Agent => self.agent(&globals),
+            Action::Status { name, watch: true, .. } => watch_status(&globals, name.as_deref()),
+            Action::Status { name, json, .. } => {
                 let status = status::status(&Context::new(&globals)?, name.as_deref())?;
                 privileges::end()?;
                 report::print(&if json { report::json::status(&status)? } else { report::text::status(&status) });
@@ -160,20 +180,34 @@ impl Run {
         Ok(context)
     }
 
-    fn hook(&mut self, call: Call, context: &Context) -> Result<()> {
+    fn hook(&mut self, call: Call, context: &Context, globals: &Globals) -> Result<()> {
         match call {
-            Call::Apply(call) => self.apply(*call, context, false, false),
+            Call::Apply(call) => self.apply(*call, context, globals, false, false),
             Call::Release(container) => {
                 let done = release::release(&container, context, release::Cause::Hook)?;
+                // Others' following must not make this container's end fail; status shows that nobody follows them.
+                let _ = agent::start::make_sure_for_others(context, globals);
                 self.released(done)
             }
         }
     }
 
-    fn apply(&mut self, call: Apply, context: &Context, dry_run: bool, json: bool) -> Result<()> {
+    fn apply(&mut self, call: Apply, context: &Context, globals: &Globals, dry_run: bool, json: bool) -> Result<()> {
         let by_hand = call.container.door == instance::Door::Command;
         let notes = call.notes.clone();
+        let starts_inside = matches!(call.place, front::Place::Inside(_));
+        let user_namespace = own_user_namespace();
         let done = apply::apply(call, context, dry_run)?;
+        let position = match starts_inside {
+            true => Position::StartedInside,
+            false if own_user_namespace() != user_namespace => Position::Entered,
+            false => Position::Outside,
+        };
+        // Forked, the agent has the capabilities that are given up next.
+        let following = match &done {
+            apply::Done::Applied(record, _) => agent::start::make_sure(record, position, context, globals),
+            _ => Following::NotNeeded,
+        };
         privileges::end()?;
         match done {
             apply::Done::Nothing(reason) => {
@@ -199,7 +233,7 @@ impl Run {
             }
             apply::Done::Applied(record, changed) => {
                 let priority = if record.warnings.is_empty() { Priority::Info } else { Priority::Warning };
-                self.say(priority, &report::text::applied(&record, changed));
+                self.say(priority, &report::text::applied(&record, changed, &following));
                 if json {
                     report::print(&(serde_json::to_string(&record)? + "\n"));
                 }
@@ -255,6 +289,18 @@ impl Run {
                 Ok(())
             }
             failed => Err(anyhow::anyhow!("{failed} could not be repaired; the rest of the ledger is in order")),
+        }
+    }
+
+    fn agent(&self, globals: &Globals) -> Result<()> {
+        let ledger = Ledger::create(&Context::state_dir(globals)?)?;
+        match ledger.try_agent_lock(None)? {
+            Some(lock) => agent::run(globals, agent::Stance::home()?, lock, agent::Origin::Command),
+            None => {
+                let pid = ledger.agent().map_or("unknown".into(), |agent| agent.pid.to_string());
+                self.say(Priority::Info, &format!("an agent runs already (pid {pid})"));
+                Ok(())
+            }
         }
     }
 

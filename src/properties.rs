@@ -787,7 +787,8 @@ impl<'a> World<'a> {
             notes: Vec::new(),
         };
         let kernel = Box::new(self.host.kernel(instance.netns.inode));
-        Work { call, context: &self.context(), instance, kernel, kind: self.host.kind() }.run(&self.ledger()?)
+        Work { call, context: &self.context(), instance, kernel, kind: self.host.kind(), follows: None }
+            .run(&self.ledger()?)
     }
 
     fn release(&self, who: usize, cause: Cause) -> Result<release::Done> {

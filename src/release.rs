@@ -69,8 +69,14 @@ pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Caus
     let claims: Vec<SettingKey> = seen.host_claims().cloned().collect();
     let locks = ledger.lock(&key, Some(&seen.instance.netns), &claims, context.deadline)?;
     // It may have changed before the locks were ours.
-    let Some(record) = ledger.record(&key)? else { return Ok(Done::Unknown) };
+    let Some(record) = ledger.record(&key)? else {
+        // Somebody else has released it meanwhile, and these locks are new ones.
+        ledger.discard_locks(&locks, &key, &seen.instance.netns)?;
+        ledger.discard_setting_locks(&locks, &claims)?;
+        return Ok(Done::Unknown);
+    };
     if record.instance != seen.instance || !record.host_claims().eq(claims.iter()) {
+        ledger.discard_netns_lock(&locks, &seen.instance.netns)?;
         drop(locks);
         return release_by(container, context, cause, find);
     }

@@ -6,14 +6,15 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::agent::start;
 use crate::context::Context;
 use crate::error::{shown, usage};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
 use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
-use crate::ledger::record::{Conflict, Failure, Outcome, Record, State, Writer};
+use crate::ledger::record::{Conflict, Failure, Outcome, OwnedSetting, Record, State, Writer};
 use crate::ledger::{History, Ledger, parallel};
-use crate::request::setting::SettingKey;
+use crate::request::setting::{self, SettingKey};
 
 /// What is said of what a hook was killed at.
 pub const INTERRUPTED: &str = "a hook was killed while it worked; apply or release finishes it";
@@ -48,6 +49,19 @@ pub struct Container {
     pub live: bool,
     /// Whether a hook was killed while it worked for it.
     pub interrupted: bool,
+    /// Whether the agent follows it.
+    pub followed: bool,
+    /// Why not, if it should be.
+    pub not_followed: Option<String>,
+    /// The settings of its namespace that somebody has changed, with their values now.
+    pub drifted: Vec<(SettingKey, String)>,
+}
+
+impl Container {
+    /// What somebody has set a setting of its namespace to.
+    pub fn drifted(&self, key: &SettingKey) -> Option<&str> {
+        self.drifted.iter().find(|(drifted, _)| drifted == key).map(|(_, value)| value.as_str())
+    }
 }
 
 /// A host-wide setting, as it is now.
@@ -130,10 +144,19 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             }
         }
     }
-    let containers = records.into_iter().map(|record| Container {
-        live: living.has(&record.instance),
-        interrupted: record.at_work.as_ref().is_some_and(|writer| !is_working(writer)),
-        record,
+    let followed = ledger.followers()?;
+    let containers = records.into_iter().map(|record| {
+        let live = living.has(&record.instance);
+        let followed = live && followed.contains(&record.instance.container.key());
+        let should_be = live && !followed && record.needs_agent();
+        Container {
+            live,
+            interrupted: record.at_work.as_ref().is_some_and(|writer| !is_working(writer)),
+            followed,
+            not_followed: should_be.then(|| start::why_not(&ledger, &record)).flatten(),
+            drifted: Vec::new(),
+            record,
+        }
     });
     let (containers, problems) = bring_up_to_date(containers.collect(), context);
     status.containers = containers;
@@ -219,22 +242,22 @@ fn bring_up_to_date(mut containers: Vec<Container>, context: &Context) -> (Vec<C
     if !nix::unistd::geteuid().is_root() {
         return (containers, Vec::new());
     }
-    let mut namespaces: BTreeMap<u64, Vec<&mut Record>> = BTreeMap::new();
+    let mut namespaces: BTreeMap<u64, Vec<&mut Container>> = BTreeMap::new();
     for container in containers.iter_mut().filter(|container| container.live) {
-        let record = &mut container.record;
+        let record = &container.record;
         // As long as a hook is at work, nothing is as the record says.
-        if record.at_work.is_none() && !record.interfaces.is_empty() {
-            namespaces.entry(record.instance.netns.inode).or_default().push(record);
+        if record.at_work.is_none() && !(record.interfaces.is_empty() && record.netns_claims().next().is_none()) {
+            namespaces.entry(record.instance.netns.inode).or_default().push(container);
         }
     }
-    let problems = parallel::map(namespaces.into_values().collect(), |mut records| visit(&mut records, context));
+    let problems = parallel::map(namespaces.into_values().collect(), |mut sharing| visit(&mut sharing, context));
     let problems = problems.into_iter().flatten().collect();
     (containers, problems)
 }
 
 /// Looks into the one namespace of these containers.
-fn visit(records: &mut [&mut Record], context: &Context) -> Vec<String> {
-    let visit = records.iter().find_map(|record| {
+fn visit(containers: &mut [&mut Container], context: &Context) -> Vec<String> {
+    let visit = containers.iter().map(|container| &container.record).find_map(|record| {
         record.instance.netns_places().iter().find_map(|place| {
             let namespace = Namespace::open(Path::new(place)).ok()?;
             let is_it = namespace.inode() == record.instance.netns.inode;
@@ -242,9 +265,13 @@ fn visit(records: &mut [&mut Record], context: &Context) -> Vec<String> {
         })
     });
     let Some(visit) = visit else { return Vec::new() };
+    let mut keys: Vec<SettingKey> =
+        containers.iter().flat_map(|container| container.record.netns_claims()).map(|own| own.key.clone()).collect();
+    keys.sort();
+    keys.dedup();
     let opened = kernel::open(visit, context.deadline).and_then(|kernel| {
         let Some((_, mut kernel)) = kernel else { return Ok(None) };
-        let facts = kernel.facts(&[])?;
+        let facts = kernel.facts(&keys)?;
         Ok(Some((facts, kernel)))
     });
     let problem = |record: &Record, error: &anyhow::Error| format!("{}: {error:#}", record.name);
@@ -252,12 +279,18 @@ fn visit(records: &mut [&mut Record], context: &Context) -> Vec<String> {
         Ok(None) => Vec::new(),
         Ok(Some((facts, mut kernel))) => {
             let mut routes = HashMap::new();
-            let compare = |record: &mut &mut Record| {
+            let compare = |container: &mut &mut Container| {
+                let record = &mut container.record;
+                let now = |own: &OwnedSetting| {
+                    let value = facts.settings.get(&own.key)?.target.value()?;
+                    (!setting::same(&own.key, value, &own.value)).then(|| (own.key.clone(), value.to_string()))
+                };
+                container.drifted = record.netns_claims().filter_map(now).collect();
                 compare(record, &facts, kernel.as_mut(), &mut routes).err().map(|error| problem(record, &error))
             };
-            records.iter_mut().filter_map(compare).collect()
+            containers.iter_mut().filter_map(compare).collect()
         }
-        Err(error) => records.iter().map(|record| problem(record, &error)).collect(),
+        Err(error) => containers.iter().map(|container| problem(&container.record, &error)).collect(),
     }
 }
 

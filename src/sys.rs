@@ -2,7 +2,9 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::unistd::{ForkResult, Pid};
 
 /// The first descriptor that is not standard input, output or error.
 const FIRST_INHERITED: RawFd = 3;
@@ -39,16 +41,52 @@ pub fn close_inherited_descriptors() -> io::Result<()> {
     if result == 0 { Ok(()) } else { close_one_by_one() }
 }
 
+/// Makes a second process that goes on from here. None in that one, its pid in the first.
+pub fn fork() -> nix::Result<Option<Pid>> {
+    // SAFETY: the program has one thread, so that nothing (a lock, the allocator) is left in the middle of something in
+    // the child.
+    Ok(match unsafe { nix::unistd::fork() }? {
+        ForkResult::Child => None,
+        ForkResult::Parent { child } => Some(child),
+    })
+}
+
+/// A descriptor that becomes readable when the process ends (pidfd_open(2), Linux 5.3).
+pub fn pidfd_open(pid: u32) -> nix::Result<OwnedFd> {
+    // SAFETY: takes two numbers and touches no memory.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
+    // SAFETY: the kernel has just opened it for us, and nobody else knows it.
+    nix::errno::Errno::result(result).map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor as RawFd) })
+}
+
+/// Closes everything beyond standard input, output and error but `keep`, in a child that was forked and will not use
+/// anything of its parent's again: a lock or a namespace must not be held by both.
+pub fn close_all_but(keep: BorrowedFd) -> io::Result<()> {
+    for descriptor in open_descriptors()?.into_iter().filter(|&descriptor| descriptor != keep.as_raw_fd()) {
+        // SAFETY: the owners of these descriptors are the parent's variables, of which this process has copies that it
+        // neither uses nor drops any more.
+        unsafe {
+            libc::close(descriptor);
+        }
+    }
+    Ok(())
+}
+
 fn close_one_by_one() -> io::Result<()> {
-    let names = std::fs::read_dir("/proc/self/fd")?.map(|entry| entry.map(|entry| entry.file_name()));
-    // Collected, so that the directory itself is closed before anything else is.
-    let names = names.collect::<io::Result<Vec<_>>>()?;
-    let descriptors = names.iter().filter_map(|name| name.to_str()?.parse::<RawFd>().ok());
-    for descriptor in descriptors.filter(|&descriptor| descriptor >= FIRST_INHERITED) {
+    for descriptor in open_descriptors()? {
         // SAFETY: as above. The directory's own descriptor is closed already, which gives EBADF.
         unsafe {
             libc::close(descriptor);
         }
     }
     Ok(())
+}
+
+/// The descriptors from [`FIRST_INHERITED`] on.
+fn open_descriptors() -> io::Result<Vec<RawFd>> {
+    let names = std::fs::read_dir("/proc/self/fd")?.map(|entry| entry.map(|entry| entry.file_name()));
+    // Collected, so that the directory itself is closed before anything else is.
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    let descriptors = names.iter().filter_map(|name| name.to_str()?.parse::<RawFd>().ok());
+    Ok(descriptors.filter(|&descriptor| descriptor >= FIRST_INHERITED).collect())
 }

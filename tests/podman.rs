@@ -30,6 +30,8 @@ const NETWORKS: [&str; 2] = ["--network=net0:interface_name=eth0", "--network=ne
 
 /// The usual wish.
 const BACKUP: &str = "--annotation=mptcp-hook/interface.eth1=backup";
+/// Nobody is to see to it later.
+const NEVER: &str = "--annotation=mptcp-hook/follow=never";
 
 /// An unprivileged user who has no other processes.
 const USER: u32 = 54_242;
@@ -669,14 +671,15 @@ fn podman_sysctl_option_that_turns_mptcp_off(runtime: Runtime) {
 fn podman_without_network_is_pending(runtime: Runtime) {
     let sandbox = Sandbox::new();
     let podman = Podman::new(&sandbox, runtime);
-    let container = podman.start("alone", &["--network=none", BACKUP]);
+    let container = podman.start("alone", &["--network=none", BACKUP, NEVER]);
     eth1_of(&sandbox.status_of(container.id()), "pending");
     assert_eq!(sandbox.endpoints(&container.netns()), []);
     container.remove();
     assert_nothing_is_left(&sandbox);
 }
 
-/// With a user namespace podman joins the container to its networks only after the hooks.
+/// With a user namespace podman joins the container to its networks only after the hooks. (What the agent does about it
+/// is tested with the agent.)
 fn podman_user_namespace_gets_its_network_later(runtime: Runtime) {
     let sandbox = Sandbox::new();
     let podman = Podman::new(&sandbox, runtime);
@@ -686,7 +689,7 @@ fn podman_user_namespace_gets_its_network_later(runtime: Runtime) {
          chown -R 200000:200000 .",
         oci::root_filesystem(&sandbox).display()
     ));
-    let mapping = ["--uidmap=0:200000:65536", "--gidmap=0:200000:65536", BACKUP];
+    let mapping = ["--uidmap=0:200000:65536", "--gidmap=0:200000:65536", BACKUP, NEVER];
     let container = podman.start_on_both("mapped", &mapping);
     eth1_of(&sandbox.status_of(container.id()), "pending");
 

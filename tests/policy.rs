@@ -407,9 +407,7 @@ fn annotations_that_would_be_the_policy() {
     ] {
         world.nonsense(&format!("mptcp-hook/{key}"), value, &["mptcp-hook/", "annotation"]);
     }
-    for (key, value) in
-        [("routes", "auto"), ("mptcp", "force"), ("mptcp", "off"), ("follow", "always"), ("follow", "auto")]
-    {
+    for (key, value) in [("routes", "auto"), ("mptcp", "force"), ("mptcp", "off")] {
         world.nonsense(&format!("mptcp-hook/{key}"), value, &["not in this version yet"]);
     }
     world.nonsense("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1", &["gateway"]);

@@ -33,7 +33,7 @@ fuzz_target!(|input: &[u8]| {
             merged(wishes, Rank::CommandLine);
         }
         Action::Release(target) => assert!(target != Target::Pid(0)),
-        Action::ReleaseStale | Action::Repair | Action::Status { .. } => {}
+        Action::ReleaseStale | Action::Repair | Action::Agent | Action::Status { .. } => {}
     }
 });
 

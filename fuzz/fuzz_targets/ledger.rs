@@ -13,7 +13,7 @@ use mptcp_hook::context::Context;
 use mptcp_hook::deadline::Deadline;
 use mptcp_hook::front::ContainerFiles;
 use mptcp_hook::ledger::record::Record;
-use mptcp_hook::ledger::{Fault, Ledger};
+use mptcp_hook::ledger::{Fault, Following, Ledger};
 use mptcp_hook::policy::Policy;
 use mptcp_hook::request::setting::SettingKey;
 use mptcp_hook::{report, status};
@@ -63,7 +63,7 @@ fuzz_target!(|input: &[u8]| {
         Ok(None) => assert!(settings.is_empty()),
         Err(_) => assert!(!errors.is_empty()),
     }
-    for conflict in ledger.conflicts().unwrap_or_default() {
+    for conflict in ledger.conflicts().map(|history| history.items).unwrap_or_default() {
         assert!(serde_json::to_string(&conflict).is_ok());
     }
     shown(directory);
@@ -98,7 +98,9 @@ fn same_again(record: &Record) {
     assert_eq!(serde_json::from_str::<Record>(&text).expect("is read back"), *record);
     assert!(record.says_the_same(&Record { time: 0, ..record.clone() }));
     record.settings.iter().for_each(|own| must::key(&own.key));
-    let _ = report::text::applied(record, true);
+    for following in [Following::Yes, Following::NotNeeded, Following::No("why".into())] {
+        let _ = report::text::applied(record, true, &following);
+    }
 }
 
 /// Trouble with a file's content is one line that names what to do.

@@ -94,6 +94,7 @@ pub fn what(what: &What) {
             assert!(setting::same(name, value, value));
         }
         What::OnConflict(word) => assert_eq!(word.to_string().parse().as_ref(), Ok(word)),
+        What::Follow(word) => assert_eq!(word.to_string().parse().as_ref(), Ok(word)),
         What::Name(name) => assert!(!name.is_empty() && !name.contains('/')),
     }
     let text = serde_json::to_string(what).expect("serializes");
@@ -153,6 +154,8 @@ pub fn author_stays_inside(request: &Request) {
             departed: &[],
             host: &world.host,
             time: 0,
+            follows: false,
+            hurries: false,
         };
         match Plan::make(&input) {
             Ok(plan) => stays_inside(request, &plan, &world),
@@ -274,6 +277,7 @@ fn worlds(request: &Request) -> Vec<World> {
             default_route_links: vec![2],
             settings,
             congestion_controls: vec!["cubic".into()],
+            routes: BTreeMap::new(),
         };
         let siblings = if shared { vec![sibling(kind, &held)] } else { Vec::new() };
         let mut world = World { facts, siblings, host };
@@ -321,6 +325,8 @@ fn sibling(kind: Kind, held: &[(SettingKey, String)]) -> Record {
         route: RouteState::Ok,
         endpoints: if kind == Kind::Upstream { vec![endpoint] } else { Vec::new() },
         link: None,
+        corrected: None,
+        last: None,
     };
     Record {
         version: VERSION,
@@ -335,6 +341,8 @@ fn sibling(kind: Kind, held: &[(SettingKey, String)]) -> Record {
         limits: None,
         settings: held.iter().map(setting).collect(),
         warnings: Vec::new(),
+        lasting_warnings: 0,
+        unsettled: false,
         time: 1,
     }
 }

@@ -757,6 +757,7 @@ impl Kernel for FakeKernel {
             default_route_links: netns.default_route_links.clone(),
             settings,
             congestion_controls: controls,
+            routes: BTreeMap::new(),
         })
     }
 

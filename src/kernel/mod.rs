@@ -133,6 +133,8 @@ pub struct Facts {
     pub settings: BTreeMap<SettingKey, SeenSetting>,
     /// The congestion controls that are loaded; naming another one would load a module.
     pub congestion_controls: Vec<String>,
+    /// The ways out of usable addresses that have no endpoint yet, if the plan needs them.
+    pub routes: BTreeMap<(IpAddr, u32), RouteState>,
 }
 
 impl Facts {
@@ -150,6 +152,7 @@ impl Facts {
             limits: None,
             default_route_links: Vec::new(),
             congestion_controls: sysctl::congestion_controls(&settings),
+            routes: BTreeMap::new(),
             settings,
         })
     }

@@ -66,6 +66,12 @@ impl Namespace {
         Ok(Self { file, path: path.into(), inode })
     }
 
+    /// Moves the calling thread there.
+    pub fn enter(&self) -> Result<()> {
+        setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
+            .with_context(|| format!("cannot enter the network namespace {}", self.path.display()))
+    }
+
     /// The inode number, enough to compare namespaces that are both open.
     pub fn inode(&self) -> u64 {
         self.inode
@@ -74,7 +80,12 @@ impl Namespace {
 
 /// Whether the caller is in the initial user namespace.
 pub fn in_initial_user_namespace() -> bool {
-    std::fs::metadata("/proc/self/ns/user").is_ok_and(|meta| meta.ino() == INITIAL_USER_NAMESPACE)
+    own_user_namespace() == Some(INITIAL_USER_NAMESPACE)
+}
+
+/// The inode number of the caller's user namespace.
+pub fn own_user_namespace() -> Option<u64> {
+    std::fs::metadata("/proc/self/ns/user").ok().map(|meta| meta.ino())
 }
 
 /// A visit of the calling thread to a container's namespace and back. Dropping it comes back if it can.

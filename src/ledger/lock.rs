@@ -81,7 +81,8 @@ impl Locks {
     }
 }
 
-fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
+/// Takes one lock if it is free.
+pub fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
     loop {
         // 0600: whoever can open a file for reading can lock it for ever.
         let file = OpenOptions::new()

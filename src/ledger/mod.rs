@@ -8,13 +8,16 @@
 //! settings/SETTING/intent            a write that is under way
 //! conflicts                          a line per conflict
 //! failures                           a line per hook that failed
+//! follow/KEY                         whom the agent shall follow (empty, or which process does it for this one alone)
+//! agent, agent.USERNS                which process the agent is; in another user namespace: its inode
 //! damaged/                           what `repair` moved out of the way
-//! locks/{container:KEY,netns:NETNS,setting:SETTING}
+//! locks/{agent,agent.USERNS,agent:KEY,container:KEY,netns:NETNS,setting:SETTING}
 //! ```
 //!
 //! This module and those below it are the only ones that write there.
 
 mod files;
+mod following;
 mod lock;
 pub mod parallel;
 pub mod record;
@@ -32,6 +35,8 @@ use crate::deadline::Deadline;
 use crate::kernel::netns::NetnsId;
 use crate::request::setting::SettingKey;
 pub use files::Fault;
+pub use files::TEMPORARY;
+pub use following::{AgentLock, Following};
 pub use lock::Locks;
 use record::{Conflict, Failure, Record};
 
@@ -106,6 +111,11 @@ impl Ledger {
         Ok(files::check_state_directory(directory)?.then(|| Self { directory: directory.into() }))
     }
 
+    /// The state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Takes the locks for one piece of work.
     pub fn lock(
         &self,
@@ -134,6 +144,11 @@ impl Ledger {
     /// Forgets the locks of a container that is gone, and of its namespace if nobody is left in it.
     pub fn discard_locks(&self, locks: &Locks, container: &str, netns: &NetnsId) -> Result<()> {
         locks.discard(&format!("container:{container}"))?;
+        self.discard_netns_lock(locks, netns)
+    }
+
+    /// Forgets the lock of a namespace if nobody is in it.
+    pub fn discard_netns_lock(&self, locks: &Locks, netns: &NetnsId) -> Result<()> {
         if self.members(netns)?.is_empty() {
             locks.discard(&format!("netns:{}", netns.file_name()))?;
         }
@@ -180,6 +195,7 @@ impl Ledger {
     pub fn remove_record(&self, record: &Record) -> Result<()> {
         let container = record.instance.container.key();
         self.leave_namespace(&container, &record.instance.netns)?;
+        self.unfollow(&container)?;
         files::remove(&self.directory.join("containers").join(container))
     }
 
@@ -310,8 +326,8 @@ impl Ledger {
         let mut odd = Vec::new();
         for name in files::names(&self.directory)? {
             let expected = match name.as_str() {
-                "containers" | "namespaces" | "settings" | "locks" | "damaged" => Expected::Directory,
-                other if FILES.contains(&other) => Expected::File,
+                "containers" | "namespaces" | "settings" | "follow" | "locks" | "damaged" => Expected::Directory,
+                other if FILES.contains(&other) || following::is_agent_name(other) => Expected::File,
                 _ => Expected::Nothing,
             };
             odd.extend(look(&self.directory.join(&name), expected).1);
@@ -323,7 +339,7 @@ impl Ledger {
     pub fn oddities(&self) -> Result<Vec<Oddity>> {
         let mut odd = self.strangers()?;
         // The locks first: they are needed to mend the others.
-        for list in ["locks", "containers"] {
+        for list in ["locks", "containers", "follow"] {
             // Not a file: its content cannot be read, which is said elsewhere.
             odd.extend(look_at_all(&self.directory.join(list), Expected::Anything)?);
         }

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::instance::Instance;
 use crate::kernel::{Kind, Limits, RouteState};
-use crate::request::Request;
 use crate::request::setting::SettingKey;
+use crate::request::{Follow, Request};
 
 /// The form of the files. A program that finds a newer one says so and leaves it alone.
 pub const VERSION: u32 = 1;
@@ -40,6 +40,12 @@ pub struct Record {
     pub settings: Vec<OwnedSetting>,
     /// What was said about them.
     pub warnings: Vec<String>,
+    /// How many of the warnings, from the first on, do not depend on interfaces, addresses and routes.
+    #[serde(default)]
+    pub lasting_warnings: usize,
+    /// Whether something may still come or change: what `follow = auto` goes by.
+    #[serde(default)]
+    pub unsettled: bool,
     /// When it was written, in nanoseconds since 1970: the order of a namespace's members.
     pub time: u64,
 }
@@ -65,6 +71,20 @@ impl Record {
         claimed.collect::<BTreeSet<_>>().into_iter()
     }
 
+    /// The settings of its namespace that this instance relies on.
+    pub fn netns_claims(&self) -> impl Iterator<Item = &OwnedSetting> {
+        self.settings.iter().filter(|owned| owned.scope == Scope::Netns && owned.claimed)
+    }
+
+    /// Whether the agent has to follow it.
+    pub fn needs_agent(&self) -> bool {
+        match self.request.follow() {
+            Follow::Always => true,
+            Follow::Auto => self.unsettled,
+            Follow::Never => false,
+        }
+    }
+
     /// Whether only the time differs.
     pub fn says_the_same(&self, other: &Self) -> bool {
         Self { time: other.time, ..self.clone() } == *other
@@ -78,6 +98,9 @@ pub struct Writer {
     pub pid: u32,
     /// Its start time, in clock ticks since boot.
     pub start_time: u64,
+    /// Whether it is the agent, which changes nothing but endpoints, limits and interface flags.
+    #[serde(default)]
+    pub follows: bool,
     /// What was in force before it began. Its originals are the new record's, too.
     pub before: Option<Box<Record>>,
 }
@@ -130,6 +153,21 @@ pub struct Interface {
     pub endpoints: Vec<OwnedEndpoint>,
     /// Its interface flags (multipath-tcp.org).
     pub link: Option<OwnedLink>,
+    /// When the agent undid somebody else's change, in seconds since 1970. It does so once.
+    #[serde(default)]
+    pub corrected: Option<u64>,
+    /// What the agent saw or did last.
+    #[serde(default)]
+    pub last: Option<Event>,
+}
+
+/// Something that happened to an interface while the agent followed it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// In seconds since 1970.
+    pub time: u64,
+    /// What, for people: `10.0.2.7 came`.
+    pub what: String,
 }
 
 /// An endpoint that we rely on.

@@ -1,6 +1,7 @@
 //! What to do: a pure function of the request, the policy, the kernel's facts and the ledger. Nothing here reads or
 //! changes anything; `--dry-run` prints the result.
 
+mod following;
 mod mptcp_org;
 pub mod scope;
 mod settings;
@@ -10,6 +11,7 @@ pub mod undo;
 mod upstream;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -45,6 +47,10 @@ pub struct Input<'a> {
     pub host: &'a BTreeMap<SettingKey, HostSetting>,
     /// Seconds since 1970, for the records of conflicts.
     pub time: u64,
+    /// Whether this is the agent's plan: interfaces alone, as they were decided on when somebody asked.
+    pub follows: bool,
+    /// Whether a new address is used although its link or its way out is not there yet.
+    pub hurries: bool,
 }
 
 impl<'a> Input<'a> {
@@ -97,6 +103,12 @@ pub struct Plan {
     pub conflicts: Vec<Conflict>,
     /// What people should know.
     pub warnings: Vec<String>,
+    /// How many of the warnings, from the first on, are about settings.
+    pub lasting_warnings: usize,
+    /// Whether an interface or address is not there yet, or may go or change.
+    pub unsettled: bool,
+    /// The addresses that wait for their link or their way out.
+    pub put_off: Vec<IpAddr>,
     /// Module parameters that may appear with the steps' path manager or scheduler: to be planned again after them.
     pub deferred: Vec<SettingKey>,
 }
@@ -142,12 +154,17 @@ impl Plan {
     /// Makes the plan. An error means that the wishes cannot be had: nothing has been changed.
     pub fn make(input: &Input) -> Result<Self> {
         let mut draft = Draft { input, plan: Self::default() };
-        settings::plan(&mut draft)?;
+        match input.previous.filter(|_| input.follows) {
+            Some(previous) => following::keep_settings(&mut draft, previous),
+            None => settings::plan(&mut draft)?,
+        }
+        draft.plan.lasting_warnings = draft.plan.warnings.len();
         match input.facts.kind {
             Kind::Upstream => upstream::plan(&mut draft)?,
             Kind::MptcpOrg => mptcp_org::plan(&mut draft)?,
             Kind::None => bail!("this kernel ({}) has no MPTCP", input.facts.release),
         }
+        following::finish(&mut draft);
         Ok(draft.plan)
     }
 
@@ -240,6 +257,10 @@ impl<'a> Draft<'a> {
         if decided != OnConflict::Refuse {
             let what = if decided == OnConflict::Warn { "kept as it is" } else { "overridden" };
             self.warn(format!("{} ({what})", clash.reason));
+        }
+        if self.input.follows {
+            // It was recorded when somebody asked; the container runs, so that nothing can be refused any more.
+            return if decided == OnConflict::Refuse { OnConflict::Warn } else { decided };
         }
         self.plan.conflicts.push(Conflict {
             time: self.input.time,
@@ -364,6 +385,8 @@ impl Wanted<'_> {
             route: RouteState::Unknown,
             endpoints: Vec::new(),
             link: None,
+            corrected: None,
+            last: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use super::{Draft, undo};
+use super::{Draft, following, undo};
 use crate::error::usage;
 use crate::kernel::{Change, ENDPOINTS_MAX};
 use crate::ledger::record::{OwnedLink, Record, State};
@@ -65,7 +65,12 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
         let mask = mask | known.map_or(0, |owned| owned.mask);
         let now = link.flags & mask;
         let original = known.map_or(now, |owned| owned.original);
-        if now != bits {
+        let mut entry = one.entry(State::Applied, None);
+        // busybox's ifconfig clears both bits with whatever else it sets.
+        let is_cleared = now == 0;
+        let is_changed = following::recorded(input, &link.name).is_some_and(|own| own.link.is_some()) && now != bits;
+        let stays = is_changed && !is_cleared && !following::puts_back(input, &mut entry, "the interface's flags");
+        if now != bits && !stays {
             let set = |bits| Change::LinkFlags { index, name: link.name.clone(), bits, mask };
             draft.step(set(bits), Some(set(now)), one.wish.source.place.clone());
         }
@@ -76,7 +81,6 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
                 link.name
             ));
         }
-        let mut entry = one.entry(State::Applied, None);
         entry.link = Some(OwnedLink { index, mask, bits, original });
         draft.plan.interfaces.push(entry);
     }

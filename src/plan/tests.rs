@@ -53,6 +53,7 @@ struct Scene {
     previous: Option<Record>,
     siblings: Vec<Record>,
     pages: BTreeMap<SettingKey, HostSetting>,
+    follows: bool,
 }
 
 impl Scene {
@@ -70,7 +71,20 @@ impl Scene {
             previous: None,
             siblings: Vec::new(),
             pages: BTreeMap::new(),
+            follows: false,
         }
+    }
+
+    /// The other ends of all links are up.
+    fn carriers(&self) {
+        let up = |link: &mut Link| link.flags |= libc::IFF_RUNNING as u32;
+        self.host.netns(NS, |netns| netns.links.iter_mut().for_each(up));
+    }
+
+    /// Makes plans as the agent from now on.
+    fn followed(mut self) -> Self {
+        self.follows = true;
+        self
     }
 
     fn mptcp_org() -> Self {
@@ -127,6 +141,8 @@ impl Scene {
             departed: &[],
             host: &self.pages,
             time: 1,
+            follows: self.follows,
+            hurries: false,
         })
     }
 
@@ -178,6 +194,8 @@ impl Scene {
             settings: plan.settings.clone(),
             warnings: Vec::new(),
             time: 1,
+            lasting_warnings: plan.lasting_warnings,
+            unsettled: plan.unsettled,
         }
     }
 
@@ -1184,4 +1202,96 @@ fn siblings_limits_are_respected() {
     let expected = LimitPair { subflows: 2, add_addr_accepted: 0 };
     assert_eq!(plan.limits.unwrap().original, expected, "what was there before the first of us");
     assert_eq!(limits_after(&scene), Some((8, 0)));
+}
+
+// Rule 13 and rule 2: the agent.
+
+#[test]
+fn the_agent_adds_and_moves_endpoints_with_their_addresses() {
+    let scene = Scene::on(FakeHost::upstream()).ask(AUTHOR, interface("eth2", "backup")).applied();
+    assert!(scene.previous.as_ref().unwrap().unsettled, "eth2 is not there yet");
+    let mut scene = scene.followed();
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty() && entry(&plan, "eth2").last.is_none(), "{:?}", changes(&plan));
+    scene.host.add_link(NS, 9, "eth2", &["10.0.3.2"]);
+    scene.carriers();
+    let plan = scene.plan().unwrap();
+    assert_eq!(endpoint_flags(&plan), [("10.0.3.2".into(), 6)]);
+    assert_eq!(entry(&plan, "eth2").last.as_ref().unwrap().what, "10.0.3.2 came");
+    assert!(!plan.unsettled);
+    scene = scene.applied();
+    assert!(scene.plan().unwrap().steps.is_empty());
+    scene.host.netns(NS, |netns| netns.addresses.retain(|address| address.ifindex != 9));
+    scene.host.add_address(NS, 9, "10.0.3.7");
+    let plan = scene.plan().unwrap();
+    assert_eq!(entry(&plan, "eth2").last.as_ref().unwrap().what, "10.0.3.2 went, 10.0.3.7 came");
+    let done = changes(&plan).join("\n");
+    assert!(done.contains("delete endpoint 10.0.3.2") && done.contains("add endpoint 10.0.3.7"), "{done}");
+}
+
+#[test]
+fn the_agent_undoes_a_foreign_change_once() {
+    let scene = Scene::upstream().ask(AUTHOR, interface("eth1", "backup")).applied().followed();
+    let flush = |scene: &Scene| scene.host.netns(NS, |netns| netns.endpoints.clear());
+    flush(&scene);
+    let plan = scene.plan().unwrap();
+    assert_eq!(endpoint_flags(&plan), [("10.0.2.2".into(), 6)]);
+    assert!(entry(&plan, "eth1").last.as_ref().unwrap().what.contains("put back"));
+    let scene = scene.applied();
+    flush(&scene);
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty(), "{:?}", changes(&plan));
+    assert_eq!(entry(&plan, "eth1").state, State::Drifted);
+    // Who asks again has it anew.
+    let asked = Scene { follows: false, ..scene };
+    assert_eq!(endpoint_flags(&asked.plan().unwrap()), [("10.0.2.2".into(), 6)]);
+    assert!(entry(&asked.plan().unwrap(), "eth1").corrected.is_none());
+}
+
+#[test]
+fn the_agent_sets_cleared_flags_again_and_others_once() {
+    let mut scene = Scene::mptcp_org().ask(AUTHOR, interface("eth1", "backup")).applied().followed();
+    for _ in 0..3 {
+        scene.host.ioctl_up(NS, 3);
+        let plan = scene.plan().unwrap();
+        assert_eq!(link_bits(&plan), [(0x10_0000, 0x18_0000)], "as often as ifconfig clears them");
+        scene = scene.applied();
+    }
+    let off = |scene: &Scene| scene.host.set_link_flags(NS, 3, 0x8_0000, 0x18_0000).unwrap();
+    off(&scene);
+    assert_eq!(link_bits(&scene.plan().unwrap()), [(0x10_0000, 0x18_0000)]);
+    scene = scene.applied();
+    off(&scene);
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty(), "somebody wants it so");
+    assert_eq!(entry(&plan, "eth1").state, State::Drifted);
+}
+
+#[test]
+fn the_agent_leaves_settings_and_conflicts_alone() {
+    let scene = Scene::upstream()
+        .ask(ADMIN, interface("eth1", "backup"))
+        .ask(ADMIN, sysctl("net.mptcp.stale_loss_cnt", "2"))
+        .applied()
+        .followed();
+    scene.host.set(NS, "net.mptcp.stale_loss_cnt", "7");
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty() && plan.conflicts.is_empty(), "{:?}", changes(&plan));
+    assert_eq!(owned(&plan, "net.mptcp.stale_loss_cnt").value, "2");
+    // Whatever the policy says by now: the container runs.
+    let scene = scene.policy("[annotations]\ninterfaces = []\nlimits = false\n");
+    let plan = scene.plan().unwrap();
+    assert!(plan.refusal().is_none() && plan.conflicts.is_empty());
+}
+
+#[test]
+fn the_agent_waits_for_a_new_addresss_link() {
+    let scene = Scene::upstream().ask(AUTHOR, interface("eth2", "backup")).applied().followed();
+    scene.host.add_link(NS, 9, "eth2", &["10.0.3.2"]);
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty());
+    assert_eq!(plan.put_off, [address("10.0.3.2")]);
+    assert!(entry(&plan, "eth2").reason.as_ref().unwrap().contains("way out"));
+    scene.carriers();
+    assert_eq!(endpoint_flags(&scene.plan().unwrap()), [("10.0.3.2".into(), 6)]);
 }

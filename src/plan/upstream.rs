@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 
-use super::{Clash, Draft, Wanted};
+use super::{Clash, Draft, Wanted, following};
 use crate::error::usage;
-use crate::kernel::{Change, ENDPOINTS_MAX, Endpoint};
+use crate::kernel::{Address, Change, ENDPOINTS_MAX, Endpoint};
 use crate::ledger::record::{Interface, LimitPair, OwnedEndpoint, OwnedLimits, Record, State};
 use crate::request::flags::{EndpointFlags, InterfaceFlags};
 use crate::request::pattern::Pattern;
@@ -128,12 +128,16 @@ impl Place<'_> {
     }
 }
 
-fn places<'a>(draft: &Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
+fn places<'a>(draft: &mut Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
     let mut places = Vec::new();
     for one in wanted {
         let InterfaceFlags::Endpoint(flags) = one.flags else { continue };
         let mut candidates: Vec<Candidate> = Vec::new();
         for address in draft.input.facts.addresses.iter().filter(|a| Some(a.ifindex) == one.index && a.is_usable()) {
+            if following::waits(draft.input, address) {
+                draft.plan.put_off.push(address.ip);
+                continue;
+            }
             let extra = candidates.iter().any(|c| c.address.is_ipv4() == address.ip.is_ipv4());
             candidates.push(Candidate { address: address.ip, extra, chosen: false });
         }
@@ -328,7 +332,10 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
     let mut left_out = Vec::new();
     for candidate in &place.candidates {
         if candidate.chosen {
-            let owned = endpoint(draft, place, candidate.address, index)?;
+            let owned = match left_alone(draft, &mut entry, candidate.address) {
+                Some(owned) => owned,
+                None => endpoint(draft, place, candidate.address, index)?,
+            };
             entry.endpoints.push(owned);
         } else {
             left_out.push(candidate.address.to_string());
@@ -336,7 +343,14 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
     }
     if place.candidates.is_empty() {
         entry.state = State::Pending;
-        entry.reason = Some("no usable address yet (global, not temporary, deprecated or failed)".into());
+        let waits = |address: &&Address| address.ifindex == index && draft.plan.put_off.contains(&address.ip);
+        entry.reason = Some(match duplicate(draft, index) {
+            _ if draft.input.facts.addresses.iter().any(|address| waits(&address)) => {
+                "its link or its way out is not there yet".into()
+            }
+            Some(address) => format!("{address} is a duplicate address (DAD failed), and there is no other yet"),
+            None => "no usable address yet (global, not temporary, deprecated or failed)".into(),
+        });
     } else if !left_out.is_empty() {
         let reason = format!("no endpoint for {}: a namespace has at most {ENDPOINTS_MAX}", left_out.join(", "));
         draft.warn(format!("{}: {reason}", place.wanted.name));
@@ -346,6 +360,24 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
         }
     }
     Ok(entry)
+}
+
+/// Our endpoint for an address, if somebody else changed it and that is not undone any more.
+fn left_alone(draft: &Draft, entry: &mut Interface, address: IpAddr) -> Option<OwnedEndpoint> {
+    if draft.input.previous.is_some_and(|record| record.at_work.is_some()) {
+        // After interrupted work, a difference may be a half of our own.
+        return None;
+    }
+    let own = following::recorded(draft.input, &entry.name)?.endpoints.iter().find(|own| own.address == address)?;
+    let changed = present(draft, address).is_none_or(|now| now.flags != own.flags);
+    let stays = changed && !following::puts_back(draft.input, entry, &format!("the endpoint {address}"));
+    stays.then(|| own.clone())
+}
+
+/// An address of an interface that some other machine has, too.
+fn duplicate(draft: &Draft, index: u32) -> Option<IpAddr> {
+    let mut addresses = draft.input.facts.addresses.iter();
+    addresses.find(|address| address.ifindex == index && address.is_duplicate()).map(|address| address.ip)
 }
 
 fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Result<OwnedEndpoint> {

@@ -8,7 +8,7 @@ use super::trusted;
 use crate::error::usage;
 use crate::request::pattern::{Pattern, glob};
 use crate::request::setting::{self, SettingKey};
-use crate::request::{OnConflict, Rank, Wish, unknown};
+use crate::request::{Follow, OnConflict, Rank, Source, What, Wish, unknown};
 
 /// The longest time, in seconds, that a container's start may be held up.
 const DEADLINE_MAX: f64 = 60.0;
@@ -145,10 +145,16 @@ pub(crate) fn parse(path: &Path, text: &str) -> anyhow::Result<Policy> {
             "annotations" => policy.annotations = annotations(&mut document, &entry),
             "defaults" => {
                 for inner in document.entries(&entry) {
+                    if inner.key == "follow" {
+                        let source = Source::new(Rank::PolicyDefault, document.place(inner.at));
+                        let follow = document.parsed(&inner, Follow::WORDS, |text| text.parse().map(What::Follow));
+                        policy.defaults.extend(follow.map(|what| Wish::new(what, source)));
+                        continue;
+                    }
                     match document.wishes(&inner, Rank::PolicyDefault) {
                         Some(wishes) => policy.defaults.extend(wishes),
                         None => {
-                            let known = ["interfaces", "limits", "sysctls", "modules"];
+                            let known = ["interfaces", "limits", "sysctls", "modules", "follow"];
                             document.mistake(inner.at, format!("[defaults]: {}", unknown("key", &inner.key, known)));
                         }
                     }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::kernel::{Kind, RouteState};
-use crate::ledger::record::{Conflict, Failure, Outcome, Scope, State};
+use crate::ledger::record::{Conflict, Event, Failure, Outcome, Scope, State};
 use crate::request::setting::SettingKey;
 use crate::status::Status;
 
@@ -30,6 +30,9 @@ struct Container<'a> {
     netns: String,
     live: bool,
     interrupted: bool,
+    /// Whether the agent keeps it as it was asked for.
+    followed: bool,
+    not_followed: Option<&'a str>,
     interfaces: Vec<Interface<'a>>,
     settings: Vec<ContainerSetting<'a>>,
     limits: Option<crate::ledger::record::LimitPair>,
@@ -45,6 +48,7 @@ struct Interface<'a> {
     source: &'a str,
     route: RouteState,
     endpoints: Vec<Endpoint>,
+    last: Option<&'a Event>,
 }
 
 #[derive(Serialize)]
@@ -60,6 +64,8 @@ struct ContainerSetting<'a> {
     scope: Scope,
     outcome: Outcome,
     source: &'a str,
+    /// The value now, if somebody has changed it.
+    drifted: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -92,6 +98,8 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
             netns: record.instance.netns.inode.to_string(),
             live: container.live,
             interrupted: container.interrupted,
+            followed: container.followed,
+            not_followed: container.not_followed.as_deref(),
             interfaces: record
                 .interfaces
                 .iter()
@@ -103,6 +111,7 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
                     source: &interface.source,
                     route: interface.route,
                     endpoints: interface.endpoints.iter().map(|e| Endpoint { id: e.id, address: e.address }).collect(),
+                    last: interface.last.as_ref(),
                 })
                 .collect(),
             settings: record
@@ -114,6 +123,7 @@ pub fn status(status: &Status) -> anyhow::Result<String> {
                     scope: owned.scope,
                     outcome: owned.outcome,
                     source: &owned.source,
+                    drifted: container.drifted(&owned.key),
                 })
                 .collect(),
             limits: record.limits.map(|limits| limits.set),

@@ -4,13 +4,14 @@ use std::borrow::Cow;
 
 use crate::error::plain;
 use crate::kernel::RouteState;
-use crate::ledger::record::{Conflict, Failure, Outcome, Record, State};
+use crate::ledger::Following;
+use crate::ledger::record::{Conflict, Event, Failure, Outcome, Record, State};
 use crate::plan::Plan;
 use crate::request::{Request, setting};
 use crate::status::{INTERRUPTED, Status};
 
 /// What an apply came to, in one line: `eth1 subflow,backup 10.0.2.2 id 1; limits ...; warning: ...`.
-pub fn applied(record: &Record, changed: bool) -> String {
+pub fn applied(record: &Record, changed: bool, following: &Following) -> String {
     let mut parts: Vec<String> = Vec::new();
     for interface in &record.interfaces {
         let mut part = format!("{} {}", interface.name, interface.flags.join(","));
@@ -24,7 +25,11 @@ pub fn applied(record: &Record, changed: bool) -> String {
             part += &format!(" ({reason})");
         }
         if interface.state == State::Pending {
-            part += ": run mptcp-hook apply again when it is there";
+            part += &match following {
+                Following::Yes => ": the agent sees to it when it is there".into(),
+                Following::NotNeeded => ": run mptcp-hook apply again when it is there".to_string(),
+                Following::No(why) => format!(": run mptcp-hook apply again when it is there ({why})"),
+            };
         }
         parts.push(part);
     }
@@ -37,6 +42,10 @@ pub fn applied(record: &Record, changed: bool) -> String {
     }
     if !changed {
         parts.push("nothing had to be changed".into());
+    }
+    let is_pending = record.interfaces.iter().any(|interface| interface.state == State::Pending);
+    if let (false, Following::No(why), true) = (is_pending, following, record.needs_agent()) {
+        parts.push(format!("it is not followed when its addresses change: {why}"));
     }
     parts.extend(record.warnings.iter().map(|warning| format!("warning: {warning}")));
     parts.join("; ")
@@ -144,7 +153,8 @@ fn containers(status: &Status) -> String {
         return "No container is set up.\n".into();
     }
     let mut text = String::new();
-    let mut rows = Table::new(["CONTAINER", "BY", "PID", "INTERFACE", "FLAGS", "STATE", "ROUTE", "ENDPOINTS"]);
+    let mut rows =
+        Table::new(["CONTAINER", "BY", "PID", "FOLLOWED", "INTERFACE", "FLAGS", "STATE", "ROUTE", "ENDPOINTS"]);
     for container in &status.containers {
         let record = &container.record;
         let pid = match (record.instance.pid, container.live) {
@@ -153,12 +163,13 @@ fn containers(status: &Status) -> String {
             (None, true) => "-".into(),
             (None, false) => "(dead)".into(),
         };
-        let mut first = [short(&record.name).into(), record.runtime.as_str().into(), pid.into()];
+        let followed = if container.followed { "yes" } else { "no" };
+        let mut first = [short(&record.name).into(), record.runtime.as_str().into(), pid.into(), followed.into()];
         if record.interfaces.is_empty() {
-            let [name, runtime, pid] = first;
+            let [name, runtime, pid, followed] = first;
             // Else each of its interfaces says so.
             let state = if container.interrupted { State::Interrupted.name() } else { "-" };
-            rows.add([name, runtime, pid, "-".into(), "-".into(), state.into(), "-".into(), "-".into()]);
+            rows.add([name, runtime, pid, followed, "-".into(), "-".into(), state.into(), "-".into(), "-".into()]);
             continue;
         }
         for interface in &record.interfaces {
@@ -169,11 +180,12 @@ fn containers(status: &Status) -> String {
                 RouteState::Missing => "missing",
                 RouteState::Unknown => "-",
             };
-            let [name, runtime, pid] = std::mem::take(&mut first);
+            let [name, runtime, pid, followed] = std::mem::take(&mut first);
             rows.add([
                 name,
                 runtime,
                 pid,
+                followed,
                 interface.name.as_str().into(),
                 interface.flags.join(",").into(),
                 interface.state.name().into(),
@@ -189,7 +201,10 @@ fn containers(status: &Status) -> String {
         let mut rows = Table::new(["CONTAINER", "SETTING", "VALUE", "SCOPE", "OUTCOME"]);
         for container in settings {
             for owned in &container.record.settings {
-                let value = setting::describe(&owned.key, &owned.value);
+                let mut value = setting::describe(&owned.key, &owned.value);
+                if let Some(now) = container.drifted(&owned.key) {
+                    value += &format!(", changed by somebody to {}", setting::describe(&owned.key, now));
+                }
                 rows.add([
                     short(&container.record.name).into(),
                     owned.key.to_string().into(),
@@ -202,8 +217,17 @@ fn containers(status: &Status) -> String {
         text += &rows.text();
     }
     for container in &status.containers {
+        let name = short(&container.record.name);
         if container.interrupted && container.record.interfaces.is_empty() {
-            line(&mut text, format!("{}: {INTERRUPTED}", short(&container.record.name)));
+            line(&mut text, format!("{name}: {INTERRUPTED}"));
+        }
+        if let Some(why) = &container.not_followed {
+            line(&mut text, format!("{name}: nobody follows it: {why}"));
+        }
+        for interface in &container.record.interfaces {
+            if let Some(Event { time, what }) = &interface.last {
+                line(&mut text, format!("{name}: {} at {} UTC: {what}", interface.name, utc(*time)));
+            }
         }
         for warning in &container.record.warnings {
             line(&mut text, format!("Warning: {}: {warning}", short(&container.record.name)));

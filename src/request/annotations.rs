@@ -64,6 +64,7 @@ fn annotation(name: &str, value: &str) -> Result<Vec<What>, String> {
         "interfaces" => list(value, "NAME=FLAGS", super::interface),
         "sysctls" => list(value, "KEY=VALUE", super::sysctl),
         "on-conflict" => one(value.parse().map(What::OnConflict)),
+        "follow" => one(value.parse().map(What::Follow)),
         "name" => one(super::name(value)),
         _ => {
             // `interface.` stands for all its names: compare the word before the first dot, too.
@@ -148,7 +149,7 @@ mod tests {
     fn values_that_are_not_built_say_so() {
         assert!(read(&[("mptcp-hook/routes", "auto")]).unwrap_err().contains("not in this version yet"));
         assert!(read(&[("mptcp-hook/mptcp", "force")]).unwrap_err().contains("not in this version yet"));
-        assert!(read(&[("mptcp-hook/follow", "sometimes")]).unwrap_err().contains("not one of"));
+        assert!(read(&[("mptcp-hook/follow", "sometimes")]).unwrap_err().contains("is not auto, always or never"));
         assert!(read(&[("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1")]).unwrap_err().contains("gateway"));
     }
 

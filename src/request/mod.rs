@@ -119,6 +119,47 @@ impl std::str::FromStr for OnConflict {
     }
 }
 
+/// Whether the agent keeps a container as it was asked for while links and addresses come and go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Follow {
+    /// Where something is pending, or an address may go or change.
+    #[default]
+    Auto,
+    /// In any case.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+impl Follow {
+    /// The words, for messages.
+    pub const WORDS: &'static str = "auto, always or never";
+}
+
+impl fmt::Display for Follow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
+impl std::str::FromStr for Follow {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err(format!("\"{}\" is not {}", shown(text), Self::WORDS)),
+        }
+    }
+}
+
 /// One thing asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -131,6 +172,8 @@ pub enum What {
     Setting(SettingKey, String),
     /// What to do on a conflict.
     OnConflict(OnConflict),
+    /// Whether the agent follows it.
+    Follow(Follow),
     /// The name to show.
     Name(String),
 }
@@ -143,6 +186,7 @@ impl What {
             Self::Limit(limit, _) => format!("limit {limit}"),
             Self::Setting(key, _) => key.to_string(),
             Self::OnConflict(_) => "on-conflict".into(),
+            Self::Follow(_) => "follow".into(),
             Self::Name(_) => "name".into(),
         }
     }
@@ -154,6 +198,7 @@ impl What {
             Self::Limit(_, n) => n.to_string(),
             Self::Setting(key, value) => setting::describe(key, value),
             Self::OnConflict(what) => what.to_string(),
+            Self::Follow(follow) => follow.to_string(),
             Self::Name(name) => name.clone(),
         }
     }
@@ -240,13 +285,11 @@ impl Request {
         &self.wishes
     }
 
-    /// Whether nothing is asked that would need anything done: a name or an on-conflict alone changes nothing, and
-    /// what the runtime writes is not ours.
+    /// Whether nothing is asked that would need anything done: how to go about it changes nothing by itself, and what
+    /// the runtime writes is not ours.
     pub fn is_empty(&self) -> bool {
-        !self
-            .wishes
-            .iter()
-            .any(|wish| wish.source.rank != Rank::Runtime && !matches!(wish.what, What::OnConflict(_) | What::Name(_)))
+        let does_something = |what: &What| !matches!(what, What::OnConflict(_) | What::Follow(_) | What::Name(_));
+        !self.wishes.iter().any(|wish| wish.source.rank != Rank::Runtime && does_something(&wish.what))
     }
 
     /// Whether only the policy's defaults ask for anything.
@@ -337,6 +380,15 @@ impl Request {
         )
     }
 
+    /// Whether the agent shall follow the container.
+    pub fn follow(&self) -> Follow {
+        let asked = self.weightiest(|what| match what {
+            What::Follow(follow) => Some(*follow),
+            _ => None,
+        });
+        asked.map(|(_, follow)| follow).unwrap_or_default()
+    }
+
     /// The name to show, if one was given.
     pub fn name(&self) -> Option<&str> {
         let name = self.weightiest(|what| matches!(what, What::Name(_)).then_some(()));
@@ -420,10 +472,9 @@ pub struct PartlyBuilt {
     known: &'static [&'static str],
 }
 
-const PARTLY_BUILT: [PartlyBuilt; 3] = [
+const PARTLY_BUILT: [PartlyBuilt; 2] = [
     PartlyBuilt { name: "routes", built: "off", known: &["auto", "off"] },
     PartlyBuilt { name: "mptcp", built: "default", known: &["default", "off", "force"] },
-    PartlyBuilt { name: "follow", built: "never", known: &["auto", "always", "never"] },
 ];
 
 /// The partly built option of that name, if there is one.

@@ -3,6 +3,7 @@
 //! Framing is that of `include/uapi/linux/netlink.h`. Nothing that arrives is trusted: lengths are checked before they
 //! are used, and a malformed message is an error.
 
+pub mod events;
 pub mod mptcp_pm;
 pub mod route;
 

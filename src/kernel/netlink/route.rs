@@ -44,6 +44,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Whether packets can pass: it is up, and so is its other end.
+    pub fn is_running(&self) -> bool {
+        let needed = (libc::IFF_UP | libc::IFF_RUNNING) as u32;
+        self.flags & needed == needed
+    }
+
     /// Reads an RTM_NEWLINK message (after `struct nlmsghdr`).
     pub fn parse(payload: &[u8]) -> Result<Self> {
         let (info, rest) = header::<16>(payload)?;
@@ -132,6 +138,16 @@ impl Address {
             && !self.ip.is_unspecified()
             && !has(IFA_F_DADFAILED | IFA_F_DEPRECATED)
             && (!has(IFA_F_TENTATIVE) || has(IFA_F_PERMANENT))
+    }
+
+    /// Whether it stays as it is until somebody changes it: it has no lifetime, and has been found to be unique.
+    pub fn is_settled(&self) -> bool {
+        self.flags & IFA_F_PERMANENT != 0 && self.flags & IFA_F_TENTATIVE == 0
+    }
+
+    /// Whether duplicate address detection found another machine that has it (RFC 4862).
+    pub fn is_duplicate(&self) -> bool {
+        self.flags & IFA_F_DADFAILED != 0
     }
 }
 

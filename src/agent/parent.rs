@@ -1,0 +1,67 @@
+//! Keeping out of the way of a parent that waits for all of its children. The hook that forks the agent ends at once, and
+//! the agent goes to the nearest subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) above it, which may be a program of the
+//! engine that ends only when its last child has ended:
+//!
+//! - conmon is none any more once its container has ended: a child that the agent makes then belongs to somebody else.
+//! - `crun run` in the foreground stays one: the agent has to end. The poststop hook that crun runs next starts another
+//!   agent if other containers need it, and crun does not wait for that one.
+
+use std::time::{Duration, Instant};
+
+use super::End;
+use crate::kernel::sysctl::read_text;
+
+/// How long after the end of a container the parent is looked at; it doubles with each try.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+/// How often it is tried.
+const TRIES_MAX: u32 = 12;
+
+/// Whether the parent may wait, and when to look at it.
+#[derive(Clone, Copy, Default)]
+pub struct Way {
+    due: Option<Instant>,
+    tries: u32,
+}
+
+impl Way {
+    /// A container has ended, and its engine with it.
+    pub fn container_ended(&mut self) {
+        self.tries = 0;
+        self.look_later();
+    }
+
+    /// When the parent is to be looked at.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// How to get out of the parent's way, if that has to be now.
+    pub fn clear(&mut self) -> Option<End> {
+        self.due.filter(|due| *due <= Instant::now())?;
+        self.tries += 1;
+        self.look_later();
+        let parent = nix::unistd::getppid().as_raw();
+        match parent_name().as_deref() {
+            Some("conmon") => Some(End::Move),
+            Some("crun") if is_only_child_of(parent) => Some(End::Leave),
+            _ => None,
+        }
+    }
+
+    fn look_later(&mut self) {
+        let waits = matches!(parent_name().as_deref(), Some("conmon" | "crun"));
+        let pause = (waits && self.tries < TRIES_MAX).then(|| FIRST_PAUSE * 2_u32.pow(self.tries));
+        self.due = pause.map(|pause| Instant::now() + pause);
+    }
+}
+
+fn parent_name() -> Option<String> {
+    read_text(&format!("/proc/{}/comm", nix::unistd::getppid()))
+}
+
+/// Whether a process has no child but us. Where the kernel does not list them (CONFIG_PROC_CHILDREN), it may be so.
+fn is_only_child_of(parent: i32) -> bool {
+    let own = std::process::id().to_string();
+    let children = read_text(&format!("/proc/{parent}/task/{parent}/children"));
+    children.is_none_or(|children| children.split_whitespace().all(|child| child == own))
+}
