@@ -1,0 +1,1409 @@
+//! The agent with real engines: what comes only after the hook is followed, crashed engines leave nothing behind, and
+//! nobody waits for it. LXC containers get their addresses from a real DHCP server; podman's networks are attached late.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use common::*;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
+use serde_json::{Value, json};
+
+/// How long an engine may take for anything. An engine that waited for the agent would wait longer.
+const ENGINE_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long the agent may take where time is not what is tested.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+
+/// From the address to the endpoint.
+const LEASE_AIM: Duration = Duration::from_millis(100);
+
+/// What a loaded machine may add to a time, and how long the observer itself needs to see an endpoint.
+const ALLOWANCE: Duration = Duration::from_millis(100);
+
+/// How often each engine is started with and without an agent.
+const PAIRS: usize = 4;
+
+/// Slow enough to last through a test, in bytes per second.
+const SLOW: u64 = 1_000_000;
+
+/// An unprivileged user who has no other processes.
+const USER: u32 = 58_731;
+
+/// The first of the user's own ids.
+const USER_FIRST_MAPPED: u32 = 4_000_000;
+
+/// What is shipped for podman and CRI-O.
+const HOOKS_D: &str = include_str!("../hooks/oci/hooks.d/mptcp-hook.json");
+
+/// The usual wish.
+const BACKUP: &str = "--annotation=mptcp-hook/interface.eth1=backup";
+
+/// busybox's own example for udhcpc, with a metric for each interface.
+const DHCP_SCRIPT: &str = r#"#!/bin/busybox sh
+case $interface in eth0) metric=100 ;; *) metric=200 ;; esac
+case $1 in
+  deconfig) /bin/busybox ifconfig $interface 0.0.0.0 ;;
+  bound | renew)
+    /bin/busybox ifconfig $interface $ip netmask $subnet
+    /bin/busybox ip route replace default via $router dev $interface metric $metric
+    ;;
+esac
+"#;
+
+/// A container's first process: a DHCP client for each interface, which asks until somebody answers.
+const DHCP_INIT: &str = r#"#!/bin/busybox sh
+for interface in eth0 eth1; do
+  /bin/busybox udhcpc -b -t 1 -T 1 -A 1 -i $interface -s /dhcp -p /tmp/$interface.pid >/dev/null 2>&1
+done
+exec /bin/busybox sleep 100000
+"#;
+
+with_each_runtime! {
+    agent_keeps_neither_runtime_nor_podman_waiting,
+    agent_releases_what_a_crashed_runtime_left,
+    agent_attaches_what_podman_attaches_late,
+    agent_follows_podman_network_connect_and_disconnect,
+    agent_releases_what_a_crashed_conmon_left,
+    agent_of_a_rootless_podman,
+}
+
+// --- what is seen from outside --------------------------------------------------------------------------------------
+
+/// The agent's pid in the sandbox, by its file in the state directory; none if none runs. That of a user namespace has
+/// the namespace's number in the file's name.
+fn agent_in(sandbox: &Sandbox, state_dir: &str) -> Option<u32> {
+    std::fs::read_dir(sandbox.outside(state_dir)).ok()?.find_map(|entry| {
+        let entry = entry.ok()?;
+        let name = entry.file_name().into_string().ok()?;
+        if name != "agent" && !name.starts_with("agent.") {
+            return None;
+        }
+        let agent: Value = serde_json::from_str(&std::fs::read_to_string(entry.path()).ok()?).ok()?;
+        let pid = u32::try_from(agent["pid"].as_u64()?).ok()?;
+        sandbox.outside(&format!("/proc/{pid}/stat")).exists().then_some(pid)
+    })
+}
+
+/// root's agent.
+fn agent_of(sandbox: &Sandbox) -> Option<u32> {
+    agent_in(sandbox, "/run/mptcp-hook")
+}
+
+/// Waits until root's agent has come up.
+#[track_caller]
+fn wait_for_agent(sandbox: &Sandbox) -> u32 {
+    wait_for("an agent", AGENT_LIMIT, || agent_of(sandbox))
+}
+
+/// Ends root's agent, so that the next hook has to fork another.
+#[track_caller]
+fn end_agent(sandbox: &Sandbox) {
+    let Some(pid) = agent_of(sandbox) else { return };
+    sandbox.sh(&format!("kill -9 {pid}"));
+    wait_until("the agent's end", AGENT_LIMIT, || agent_of(sandbox).is_none());
+}
+
+/// The engine is done with the container, and `before`, the agent that its hook has started, goes on; as another process
+/// perhaps.
+#[track_caller]
+fn assert_agent_lives_on(sandbox: &Sandbox, before: Option<u32>) {
+    if before.is_some() {
+        // Nobody would have started another.
+        wait_for_agent(sandbox);
+    } else {
+        assert_eq!(agent_of(sandbox), None);
+    }
+}
+
+/// The agent is out of the reach of whoever started it: a session of its own, nothing of theirs open, in none of the
+/// cgroups that belong to the sandbox's containers, in no container's namespace.
+#[track_caller]
+fn assert_detached(sandbox: &Sandbox, agent: u32) {
+    let proc = sandbox.outside(&format!("/proc/{agent}"));
+    let stat = std::fs::read_to_string(proc.join("stat")).expect("the agent lives");
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a command's name").1.split_whitespace().collect();
+    assert_eq!(fields[3], agent.to_string(), "not the leader of a session: {stat}");
+    let descriptors: BTreeMap<u32, String> = std::fs::read_dir(proc.join("fd"))
+        .expect("the agent's descriptors")
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let target = std::fs::read_link(entry.path()).ok()?;
+            Some((entry.file_name().to_string_lossy().parse().ok()?, target.display().to_string()))
+        })
+        .collect();
+    for standard in 0..3 {
+        assert_eq!(descriptors.get(&standard).map(String::as_str), Some("/dev/null"), "{descriptors:#?}");
+    }
+    let foreign = descriptors.values().any(|target| target.starts_with("pipe:") || target.contains("/tmp/"));
+    assert!(!foreign, "{descriptors:#?}");
+    wait_until("the agent to leave the container's cgroup", AGENT_LIMIT, || {
+        let cgroups = std::fs::read_to_string(proc.join("cgroup")).expect("the agent's cgroups");
+        ![sandbox.unique(), "libpod", "lxc."].iter().any(|name| cgroups.contains(name))
+    });
+    assert_eq!(std::fs::read_link(proc.join("cwd")).expect("its directory"), Path::new("/"));
+    // It goes into a container's namespace for moments only.
+    let home = std::fs::read_link(sandbox.netns_path(&Netns::Host)).expect("the sandbox's namespace");
+    wait_until("the agent at home", AGENT_LIMIT, || {
+        std::fs::read_link(proc.join("ns/net")).is_ok_and(|own| own == home)
+    });
+}
+
+/// Waits until the kernel has exactly one endpoint there, `address` on eth1 as a backup.
+#[track_caller]
+fn wait_for_backup(sandbox: &Sandbox, netns: &Netns, address: IpAddr) {
+    wait_until(&format!("the endpoint {address}"), AGENT_LIMIT, || {
+        let endpoints = sandbox.endpoints(netns);
+        endpoints.len() == 1 && endpoints[0].address == address
+    });
+    assert_only_endpoint(sandbox, netns, address, &["backup", "subflow"]);
+}
+
+/// Waits until eth1 of a container has `state` in root's ledger, and gives the entry.
+#[track_caller]
+fn wait_for_state(sandbox: &Sandbox, id: &str, state: &str) -> Value {
+    wait_for(&format!("eth1 {state}"), AGENT_LIMIT, || {
+        let container = sandbox.status_of(id);
+        let interfaces = container["interfaces"].as_array()?;
+        interfaces.iter().find(|interface| interface["name"] == "eth1" && interface["state"] == state)?;
+        Some(container)
+    })
+}
+
+/// Waits until root's ledger knows no container and nobody is followed.
+#[track_caller]
+fn wait_until_released(sandbox: &Sandbox) {
+    wait_until("the release of everything", AGENT_LIMIT, || sandbox.status()["containers"] == json!([]));
+    sandbox.assert_ledger_is_empty();
+    assert_eq!(sandbox.sh("ls /run/mptcp-hook/follow"), "");
+    wait_until_no_file_is_left(sandbox, "/run/mptcp-hook");
+}
+
+/// Waits until nothing but the agent's own files and what people may read later is in a state directory.
+#[track_caller]
+fn wait_until_no_file_is_left(sandbox: &Sandbox, state_dir: &str) {
+    let find =
+        format!("find {state_dir} -type f ! -name 'conflicts*' ! -name 'failures*' ! -name agent ! -name 'agent.*'");
+    let mut left = String::new();
+    let begin = Instant::now();
+    // The agent may still be looking at what a hook has just released.
+    while begin.elapsed() < AGENT_LIMIT {
+        left = sandbox.sh(&find);
+        if left.is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("left behind: {left}");
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// When addresses and endpoints of a namespace came, as the kernel tells an observer.
+struct Observer {
+    addresses: Arc<Mutex<Vec<(IpAddr, Instant)>>>,
+    endpoints: Arc<Mutex<Vec<(IpAddr, Instant)>>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Observer {
+    fn start(sandbox: &Sandbox, netns: &Netns) -> Self {
+        let addresses = Arc::new(Mutex::new(Vec::new()));
+        let endpoints = Arc::new(Mutex::new(Vec::new()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let path = sandbox.netns_path(netns);
+        // setns concerns the thread only.
+        let enter = move || {
+            let namespace = File::open(&path).expect("opening a container's namespace");
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("entering a container's namespace");
+        };
+        let listener = {
+            let (enter, addresses, stop) = (enter.clone(), Arc::clone(&addresses), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                enter();
+                listen(&addresses, &stop);
+            })
+        };
+        let looker = {
+            let (endpoints, stop) = (Arc::clone(&endpoints), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                enter();
+                look(&endpoints, &stop);
+            })
+        };
+        Self { addresses, endpoints, stop, threads: vec![listener, looker] }
+    }
+
+    /// How long after the address the endpoint was seen.
+    #[track_caller]
+    fn delay(&self, address: IpAddr) -> Duration {
+        let came = |list: &Mutex<Vec<(IpAddr, Instant)>>| {
+            let list = list.lock().expect("no observer panics");
+            list.iter().find(|(seen, _)| *seen == address).map(|(_, when)| *when)
+        };
+        let address = wait_for("the lease", ENGINE_LIMIT, || came(&self.addresses));
+        let endpoint = wait_for("the endpoint", AGENT_LIMIT, || came(&self.endpoints));
+        endpoint.saturating_duration_since(address)
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "an observer panicked");
+        }
+    }
+}
+
+/// RTM_NEWADDR of IPv4, with the moment of its arrival.
+fn listen(addresses: &Mutex<Vec<(IpAddr, Instant)>>, stop: &AtomicBool) {
+    const RTM_NEWADDR: u16 = 20;
+    const RTMGRP_IPV4_IFADDR: u32 = 0x10;
+    /// nlmsghdr and ifaddrmsg.
+    const HEADERS: usize = 16 + 8;
+    const IFA_LOCAL: u16 = 2;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+        .expect("a netlink socket");
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_IPV4_IFADDR)).expect("listening for addresses");
+    let u16_at = |bytes: &[u8], at: usize| bytes.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+    let mut buffer = [0; 4096];
+    while !stop.load(Ordering::Relaxed) {
+        if poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], 20_u16).unwrap_or(0) == 0 {
+            continue;
+        }
+        let length = recv(socket.as_raw_fd(), &mut buffer, nix::sys::socket::MsgFlags::empty()).expect("a message");
+        let (message, now) = (&buffer[..length], Instant::now());
+        if u16_at(message, 4) != Some(RTM_NEWADDR) {
+            continue;
+        }
+        let mut at = HEADERS;
+        while let (Some(size @ 4..), Some(kind)) = (u16_at(message, at), u16_at(message, at + 2)) {
+            if let (IFA_LOCAL, Some(&[a, b, c, d])) = (kind, message.get(at + 4..at + 8)) {
+                addresses.lock().expect("nobody panics with it").push((Ipv4Addr::new(a, b, c, d).into(), now));
+            }
+            at += usize::from(size).next_multiple_of(4);
+        }
+    }
+}
+
+/// Asks for the endpoints again and again; the moment is that after the answer.
+fn look(endpoints: &Mutex<Vec<(IpAddr, Instant)>>, stop: &AtomicBool) {
+    let mut before = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let output = std::process::Command::new("ip").args(["mptcp", "endpoint", "show"]).output();
+        let now = Instant::now();
+        let text = String::from_utf8(output.expect("running ip").stdout).expect("ip prints text");
+        let present: Vec<IpAddr> = text.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect();
+        let new = present.iter().filter(|address| !before.contains(*address));
+        endpoints.lock().expect("nobody panics with it").extend(new.map(|&address| (address, now)));
+        before = present;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+// --- LXC ------------------------------------------------------------------------------------------------------------
+
+/// Who starts an LXC container.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Starter {
+    Root,
+    /// A user who has nothing but a range of ids and the right to veths (lxc-user-nic(1)).
+    User,
+}
+
+/// An LXC container with eth0 on br0 and eth1 on br1.
+struct Lxc<'a> {
+    sandbox: &'a Sandbox,
+    starter: Starter,
+    lxcpath: PathBuf,
+    name: String,
+    config: String,
+}
+
+impl<'a> Lxc<'a> {
+    fn new(sandbox: &'a Sandbox, what: &str, starter: Starter) -> Self {
+        for program in ["lxc-start", "lxc-stop", "lxc-attach", "lxc-info"] {
+            require(program, "lxc");
+        }
+        let (lxcpath, name) = (sandbox.dir().join("lxc"), sandbox.name(what));
+        let directory = lxcpath.join(&name);
+        std::fs::create_dir_all(&directory).expect("a container's directory");
+        let shared = oci::root_filesystem(sandbox);
+        let rootfs = directory.join("rootfs");
+        sandbox.sh(&format!("cp -a {} {}", shared.display(), rootfs.display()));
+        for (file, text) in [("dhcp", DHCP_SCRIPT), ("init", DHCP_INIT)] {
+            write_program(&rootfs.join(file), text);
+        }
+        let config = format!(
+            "lxc.uts.name = {name}\n\
+             lxc.rootfs.path = dir:{}\n\
+             lxc.init.cmd = /bin/busybox sleep 100000\n\
+             lxc.apparmor.profile = unconfined\n\
+             lxc.mount.auto = proc:mixed\n\
+             lxc.hook.version = 1\n",
+            rootfs.display()
+        );
+        let container = Self { sandbox, starter, lxcpath, name, config };
+        if starter == Starter::Root {
+            return container;
+        }
+        sandbox.sh(&format!(
+            "chown {USER} {0}; chown -R {USER_FIRST_MAPPED}:{USER_FIRST_MAPPED} {0}/rootfs",
+            directory.display()
+        ));
+        container
+            .line("lxc.include = /usr/share/lxc/config/userns.conf")
+            .line(&format!("lxc.idmap = u 0 {USER_FIRST_MAPPED} 65536"))
+            .line(&format!("lxc.idmap = g 0 {USER_FIRST_MAPPED} 65536"))
+    }
+
+    fn line(mut self, line: &str) -> Self {
+        self.config += line;
+        self.config += "\n";
+        self
+    }
+
+    /// ethN on the bridge brN.
+    fn veth(mut self, number: u8, lines: &[&str]) -> Self {
+        let own = [
+            "type = veth".to_owned(),
+            format!("link = br{number}"),
+            format!("name = eth{number}"),
+            "flags = up".to_owned(),
+        ];
+        for line in own.iter().map(String::as_str).chain(lines.iter().copied()) {
+            self = self.line(&format!("lxc.net.{number}.{line}"));
+        }
+        self
+    }
+
+    /// Both interfaces without an address, and a DHCP client for each. `host_end` is the name of eth1's other end.
+    fn with_dhcp(self, host_end: &str) -> Self {
+        let lines = |number| format!("hwaddr = {}", hardware_address(number));
+        self.line("lxc.init.cmd = /init")
+            .veth(0, &[&lines(0)])
+            .veth(1, &[&lines(1), &format!("veth.pair = {host_end}")])
+    }
+
+    /// eth0 as it shall be, and eth1 without an address.
+    fn with_pending_eth1(self) -> Self {
+        self.veth(0, &["ipv4.address = 10.0.1.2/24", "ipv4.gateway = 10.0.1.1"]).veth(1, &[])
+    }
+
+    /// Our hook at start-host, with arguments.
+    fn start_host(self, arguments: &str) -> Self {
+        let program = self.hook_program();
+        self.line(&format!("lxc.hook.start-host = {} lxc --interface eth1=backup {arguments}", program.display()))
+    }
+
+    /// Our hook at post-stop.
+    fn post_stop(self) -> Self {
+        let program = self.hook_program();
+        self.line(&format!("lxc.hook.post-stop = {} lxc", program.display()))
+    }
+
+    /// The hook, where whoever starts the container can read it.
+    fn hook_program(&self) -> PathBuf {
+        readable_hook(self.sandbox)
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.lxcpath.join(&self.name)
+    }
+
+    fn end_mark(&self) -> PathBuf {
+        self.directory().join("ended")
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory().join("log")).unwrap_or_default()
+    }
+
+    /// A command line of LXC's about this container, as its starter runs it.
+    fn lxc(&self, program: &str, arguments: &[&str]) -> Vec<String> {
+        let lxcpath = self.lxcpath.display().to_string();
+        self.as_starter(&[&[program, "-P", &lxcpath, "-n", &self.name], arguments].concat())
+    }
+
+    fn as_starter(&self, argv: &[&str]) -> Vec<String> {
+        match self.starter {
+            Starter::Root => argv.iter().map(|&word| word.to_owned()).collect(),
+            Starter::User => {
+                let enter = format!("echo $$ >{}/cgroup.procs; exec \"$@\"", user_cgroup(self.sandbox));
+                let mut whole: Vec<String> = ["sh", "-ec", &enter, "user"].map(str::to_owned).into();
+                whole.extend(as_user(&self.directory(), argv));
+                whole
+            }
+        }
+    }
+
+    /// `lxc-start`, which returns when the container runs; gives the time that it took.
+    #[track_caller]
+    fn start(&self) -> Duration {
+        let mark = format!("lxc.hook.post-stop = touch {}\n", self.end_mark().display());
+        std::fs::write(self.directory().join("config"), self.config.clone() + &mark).expect("a configuration");
+        let _ = std::fs::remove_file(self.end_mark());
+        let log = self.directory().join("log").display().to_string();
+        let begin = Instant::now();
+        let running = self.sandbox.spawn(&self.lxc("lxc-start", &["-l", "DEBUG", "-o", &log]));
+        let outcome = running.wait(ENGINE_LIMIT);
+        let time = begin.elapsed();
+        assert_eq!(outcome.code, Some(0), "{outcome}\n--- log\n{}", self.log());
+        time
+    }
+
+    #[track_caller]
+    fn pid(&self) -> u32 {
+        let pid = self.sandbox.run(&self.lxc("lxc-info", &["-H", "-p"])).ok();
+        pid.parse().expect("a running container's pid")
+    }
+
+    fn netns(&self) -> Netns {
+        Netns::Pid(self.pid())
+    }
+
+    fn attach(&self, argv: &[&str]) -> Running {
+        self.sandbox.spawn(&self.lxc("lxc-attach", &[&["--"], argv].concat()))
+    }
+
+    /// A script of busybox's in the container, run to its end.
+    #[track_caller]
+    fn sh(&self, script: &str) -> String {
+        self.attach(&["/bin/busybox", "sh", "-ec", script]).wait(ENGINE_LIMIT).ok()
+    }
+
+    /// Signals for eth1's DHCP client: USR1 renews, USR2 releases.
+    #[track_caller]
+    fn signal_client(&self, signals: &[&str]) {
+        for signal in signals {
+            self.sh(&format!("/bin/busybox kill -{signal} $(/bin/busybox cat /tmp/eth1.pid)"));
+        }
+    }
+
+    fn send(&self, to: IpAddr, bytes: u64, rate: u64) -> Sender {
+        let argv = traffic::send_arguments(traffic::PROGRAM, to, bytes, Some(rate));
+        Sender::attach(self.attach(&argv.iter().map(String::as_str).collect::<Vec<_>>()))
+    }
+
+    #[track_caller]
+    fn stop(&self) {
+        self.sandbox.run(&self.lxc("lxc-stop", &["-k"])).ok();
+        wait_until("the last post-stop hook", ENGINE_LIMIT, || self.end_mark().exists());
+    }
+
+    /// Ends container and monitor without a chance for any of the hooks.
+    #[track_caller]
+    fn kill(&self) {
+        let pid = self.pid();
+        let status = self.sandbox.sh(&format!("cat /proc/{pid}/status"));
+        let monitor = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("a parent").trim();
+        // The container's first process dies with its monitor (PR_SET_PDEATHSIG), perhaps before kill(1) comes to it.
+        self.sandbox.sh(&format!("kill -9 {monitor} {pid} || :"));
+    }
+
+    /// The starter's `status --json`.
+    #[track_caller]
+    fn status(&self) -> Value {
+        let program = self.hook_program().display().to_string();
+        let json = self.sandbox.run(&self.as_starter(&[&program, "status", "--json"])).ok();
+        serde_json::from_str(&json).unwrap_or_else(|e| panic!("status --json gave {json}: {e}"))
+    }
+
+    /// The container in the starter's ledger.
+    #[track_caller]
+    fn in_status(&self) -> Value {
+        let status = self.status();
+        let containers = status["containers"].as_array().expect("containers is a list");
+        let found = containers.iter().find(|container| container["id"] == self.name.as_str());
+        found.unwrap_or_else(|| panic!("{} is not in {status:#}", self.name)).clone()
+    }
+}
+
+/// By which the DHCP server knows ethN.
+fn hardware_address(number: u8) -> String {
+    format!("02:00:00:00:00:1{number}")
+}
+
+fn write_program(path: &Path, text: &str) {
+    std::fs::write(path, text).expect("writing a script");
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("a script's mode");
+}
+
+/// A copy of the hook that everybody can read: where the tests are built, others need not be able to.
+fn readable_hook(sandbox: &Sandbox) -> PathBuf {
+    let program = sandbox.dir().join("mptcp-hook");
+    if !program.exists() {
+        std::fs::copy(hook(), &program).expect("copying the hook");
+    }
+    program
+}
+
+/// A server behind two bridges, br0 and br1, in the sandbox's own network namespace.
+fn two_bridges(sandbox: &Sandbox) -> TwoPaths<'_> {
+    let paths = TwoPaths::at_host(sandbox);
+    paths.bridge("br0", "10.0.1.1/24");
+    paths.bridge("br1", "10.0.2.1/24");
+    paths
+}
+
+/// A DHCP server on brN that gives the container's ethN the address 10.0.(N+1).`last` and nobody anything else.
+struct Dhcp {
+    _server: Running,
+    address: IpAddr,
+}
+
+impl Dhcp {
+    fn start(sandbox: &Sandbox, number: u8, last: u8) -> Self {
+        require("dnsmasq", "dnsmasq-base");
+        let net = format!("10.0.{}", number + 1);
+        let arguments = [
+            "--keep-in-foreground --log-facility=- --conf-file=/dev/null --user=root --port=0 --no-ping".to_owned(),
+            format!("--pid-file= --bind-interfaces --except-interface=lo --interface=br{number}"),
+            format!("--dhcp-authoritative --dhcp-range={net}.{last},{net}.{last},255.255.255.0,1h"),
+            format!("--dhcp-host={},{net}.{last} --dhcp-option=3,{net}.1", hardware_address(number)),
+            format!("--dhcp-leasefile=/run/leases-{number}-{last}"),
+        ];
+        let argv: Vec<_> = ["dnsmasq"].into_iter().chain(arguments.iter().flat_map(|a| a.split(' '))).collect();
+        let mut server = sandbox.spawn(&argv);
+        wait_until("a DHCP server", AGENT_LIMIT, || {
+            assert!(server.is_running(), "{}", server.stderr());
+            server.stderr().contains("IP range")
+        });
+        Self { _server: server, address: IpAddr::from([10, 0, number + 1, last]) }
+    }
+}
+
+/// Traffic keeps to the rule: a new connection joins from `source` with the backup bit, and next to nothing of its
+/// payload goes over br1.
+#[track_caller]
+fn assert_backup_rule(container: &Lxc, paths: &TwoPaths, source: IpAddr) {
+    let capture = Capture::start(container.sandbox, paths.server());
+    assert!(container.send(paths.address(), 2_000_000, 4 * SLOW).finish(TRANSFER_LIMIT).mptcp);
+    let joins = || capture.joins().into_iter().filter(|join| join.interface == "br1").collect::<Vec<_>>();
+    let joins = wait_for("a join over br1", AGENT_LIMIT, || Some(joins()).filter(|joins| !joins.is_empty()));
+    assert!(joins.iter().all(|join| join.backup && join.source == source), "{joins:?}");
+    let (main, backup) = (capture.payload_received("br0"), capture.payload_received("br1"));
+    assert!(backup * 20 < main, "payload over the backup path: {backup} bytes, over the other: {main}");
+}
+
+/// With no address in its configuration everything comes from DHCP: each lease of eth1 is a backup endpoint soon after
+/// its address is there, and goes with it, while a connection over eth0 lives on.
+#[test]
+fn agent_makes_a_backup_endpoint_of_each_dhcp_lease() {
+    let sandbox = Sandbox::new();
+    let paths = two_bridges(&sandbox);
+    let _server = Server::start(&sandbox, paths.server());
+    let _first = Dhcp::start(&sandbox, 0, 10);
+    let container =
+        Lxc::new(&sandbox, "dhcp", Starter::Root).with_dhcp(&sandbox.interface_name()).start_host("").post_stop();
+    container.start();
+    let netns = container.netns();
+    let agent = wait_for_agent(&sandbox);
+    assert_detached(&sandbox, agent);
+    assert_eq!(sandbox.endpoints(&netns), []);
+    let in_status = wait_for_state(&sandbox, &container.name, "pending");
+    assert_eq!(in_status["followed"], true);
+
+    let observer = Observer::start(&sandbox, &netns);
+    wait_until("eth0's lease", ENGINE_LIMIT, || sandbox.sh_in(&netns, "ip -4 route").contains("metric 100"));
+    let capture = Capture::start(&sandbox, paths.server());
+    let mut live = container.send(paths.address(), 600 * SLOW, SLOW);
+    live.wait_sent(SLOW / 10);
+    let mut times = Vec::new();
+    let mut joined = 0;
+    for last in 50..57 {
+        let dhcp = Dhcp::start(&sandbox, 1, last);
+        match last {
+            50 => {}
+            // The server refuses to renew the old one: the client begins anew, without a word from anybody else.
+            51 => container.signal_client(&["USR1"]),
+            _ => container.signal_client(&["USR2", "USR1"]),
+        }
+        times.push(observer.delay(dhcp.address));
+        wait_for_backup(&sandbox, &netns, dhcp.address);
+        // The client sets the route after the address.
+        let eth1 = wait_for("the way out in status", AGENT_LIMIT, || {
+            let eth1 = eth1_of(&sandbox.status_of(&container.name), "applied");
+            (eth1["route"] == "ok").then_some(eth1)
+        });
+        assert_eq!(eth1["endpoints"][0]["address"], json!(dhcp.address));
+        assert!(eth1["last"]["what"].as_str().is_some_and(|what| what.contains(&dhcp.address.to_string())), "{eth1:#}");
+        // The open connection learns it: no other reason for a new subflow is there.
+        let begin = Instant::now();
+        joined = loop {
+            let joins: Vec<_> = capture.joins().into_iter().filter(|join| join.interface == "br1").collect();
+            assert!(joins.iter().all(|join| join.backup), "{joins:?}");
+            if joins.len() > joined && joins.iter().any(|join| join.source == dhcp.address) {
+                break joins.len();
+            }
+            if begin.elapsed() > AGENT_LIMIT {
+                let seen = "ip mptcp endpoint show; ip route; ss -tn; nstat -az | grep MPJoinSynTx";
+                panic!("no join from {}: {joins:?}\n{}", dhcp.address, sandbox.sh_in(&netns, seen));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+    }
+    println!("from the address to the endpoint: {times:?}, median {:?}", median(times.clone()));
+    assert!(median(times.clone()) < LEASE_AIM + ALLOWANCE, "{times:?}");
+    drop(observer);
+
+    let (main, backup) = (capture.payload_received("br0"), capture.payload_received("br1"));
+    assert!(main > SLOW && backup * 20 < main, "payload over the backup path: {backup} bytes, over the other: {main}");
+    drop(live);
+    drop(capture);
+    assert_backup_rule(&container, &paths, IpAddr::from([10, 0, 2, 56]));
+    assert_eq!(agent_of(&sandbox), Some(agent), "it is still the same agent");
+
+    container.stop();
+    wait_until_released(&sandbox);
+}
+
+/// The address of a link that is down or without a carrier stays, and so does the endpoint.
+#[test]
+fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
+    let sandbox = Sandbox::new();
+    let paths = two_bridges(&sandbox);
+    let _server = Server::start(&sandbox, paths.server());
+    let _dhcp = [Dhcp::start(&sandbox, 0, 10), Dhcp::start(&sandbox, 1, 20)];
+    let host_end = sandbox.interface_name();
+    let container = Lxc::new(&sandbox, "flap", Starter::Root).with_dhcp(&host_end).start_host("").post_stop();
+    container.start();
+    let netns = container.netns();
+    let address = IpAddr::from([10, 0, 2, 20]);
+    wait_until("the leases", ENGINE_LIMIT, || {
+        let routes = sandbox.sh_in(&netns, "ip -4 route show default");
+        routes.contains("metric 100") && routes.contains("metric 200")
+    });
+    wait_for_backup(&sandbox, &netns, address);
+    let id = sandbox.endpoints(&netns)[0].id;
+    assert_backup_rule(&container, &paths, address);
+
+    let eth1 = |what: &str| container.sh(&format!("/bin/busybox ip link set eth1 {what}"));
+    let unchanged = |when: &str| {
+        assert_only_endpoint(&sandbox, &netns, address, &["backup", "subflow"]);
+        assert_eq!(sandbox.endpoints(&netns)[0].id, id, "another endpoint after {when}");
+        eth1_of(&sandbox.status_of(&container.name), "applied");
+    };
+    for _ in 0..2 {
+        eth1("down");
+        assert!(sandbox.sh_in(&netns, "ip -4 address show eth1").contains("10.0.2.20"));
+        unchanged("down");
+        assert!(container.send(paths.address(), 1_000_000, 10 * SLOW).finish(TRANSFER_LIMIT).mptcp);
+        eth1("up");
+        // The kernel has thrown the route away; the client brings it back.
+        container.signal_client(&["USR1"]);
+        wait_until("the default route", ENGINE_LIMIT, || {
+            sandbox.sh_in(&netns, "ip -4 route show default").contains("metric 200")
+        });
+        unchanged("up");
+        assert_backup_rule(&container, &paths, address);
+    }
+    for _ in 0..2 {
+        sandbox.sh(&format!("ip link set {host_end} down"));
+        wait_until("the loss of the carrier", AGENT_LIMIT, || {
+            sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER")
+        });
+        unchanged("the loss of the carrier");
+        sandbox.sh(&format!("ip link set {host_end} up"));
+        wait_until("the carrier", AGENT_LIMIT, || !sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER"));
+        unchanged("the carrier came back");
+        assert_backup_rule(&container, &paths, address);
+    }
+    // A name that goes takes the endpoint with it, and brings it when it comes back.
+    sandbox.sh_in(&netns, "ip link set eth1 down; ip link set eth1 name other; ip link set other up");
+    wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&netns).is_empty());
+    wait_for_state(&sandbox, &container.name, "pending");
+    sandbox.sh_in(&netns, "ip link set other down; ip link set other name eth1; ip link set eth1 up");
+    wait_for_backup(&sandbox, &netns, address);
+    container.stop();
+    wait_until_released(&sandbox);
+}
+
+/// Nobody was left to run post-stop.
+#[test]
+fn agent_releases_what_a_crashed_lxc_left() {
+    let sandbox = Sandbox::new();
+    let _paths = two_bridges(&sandbox);
+    for pending in [true, false] {
+        let container = Lxc::new(&sandbox, &format!("crash-{pending}"), Starter::Root);
+        let container = container.with_pending_eth1().start_host("").post_stop();
+        container.start();
+        if !pending {
+            sandbox.sh_in(&container.netns(), "ip addr add 10.0.2.2/24 dev eth1");
+            wait_for_backup(&sandbox, &container.netns(), IpAddr::from([10, 0, 2, 2]));
+        }
+        wait_for_agent(&sandbox);
+        assert_eq!(sandbox.status_of(&container.name)["followed"], true);
+        assert_eq!(sandbox.sh("ls /sys/class/net/br0/brif /sys/class/net/br1/brif").matches("veth").count(), 2);
+        container.kill();
+        let killed = Instant::now();
+        wait_until("the end of the container's interfaces", AGENT_LIMIT, || {
+            sandbox.sh("ls /sys/class/net/br0/brif /sys/class/net/br1/brif").matches("veth").count() == 0
+        });
+        println!("the interfaces were gone {:?} after the kill", killed.elapsed());
+        wait_until_released(&sandbox);
+        assert!(!container.end_mark().exists(), "the post-stop hooks did run");
+    }
+}
+
+/// Its init ends and another one comes at once, by the same name: the end of the one life and the start of the next do
+/// not get in each other's way.
+#[test]
+fn agent_follows_an_lxc_container_through_its_reboots() {
+    let sandbox = Sandbox::new();
+    let _paths = two_bridges(&sandbox);
+    let _dhcp = [Dhcp::start(&sandbox, 0, 10), Dhcp::start(&sandbox, 1, 20)];
+    let container = Lxc::new(&sandbox, "reboot", Starter::Root);
+    let container = container.with_dhcp(&sandbox.interface_name()).start_host("").post_stop();
+    container.start();
+    let agent = wait_for_agent(&sandbox);
+    let address = IpAddr::from([10, 0, 2, 20]);
+    wait_for_backup(&sandbox, &container.netns(), address);
+    for _ in 0..3 {
+        let before = container.pid();
+        // The program that asks for it ends with the container.
+        let _ = container.attach(&["/bin/busybox", "reboot", "-f"]).wait(ENGINE_LIMIT);
+        let netns = wait_for("the container after its reboot", ENGINE_LIMIT, || {
+            let outcome = container.sandbox.run(&container.lxc("lxc-info", &["-H", "-p"]));
+            outcome.stdout.trim().parse().ok().filter(|&pid: &u32| pid != before).map(Netns::Pid)
+        });
+        wait_until("the new lease", ENGINE_LIMIT, || sandbox.sh_in(&netns, "ip -4 address").contains("10.0.2.20"));
+        wait_for_backup(&sandbox, &netns, address);
+        let in_status = wait_for_state(&sandbox, &container.name, "applied");
+        assert_eq!((&in_status["followed"], &in_status["pid"]), (&json!(true), &json!(container.pid())));
+    }
+    assert_eq!(agent_of(&sandbox), Some(agent), "it is still the same agent");
+    // The hooks of a reboot have left this mark, too.
+    let _ = std::fs::remove_file(container.end_mark());
+    container.stop();
+    wait_until_released(&sandbox);
+}
+
+/// lxc-start waits for everybody who has a descriptor of its hooks' output.
+#[test]
+fn agent_keeps_lxc_start_not_waiting() {
+    let sandbox = Sandbox::new();
+    let _paths = two_bridges(&sandbox);
+    let mut table = Table::default();
+    for pair in 0..PAIRS {
+        for follow in in_turn(pair) {
+            let container = Lxc::new(&sandbox, &format!("{follow}{pair}"), Starter::Root);
+            let container = container.with_pending_eth1().start_host(&format!("--follow {follow}")).post_stop();
+            end_agent(&sandbox);
+            table.add("lxc-start", follow, container.start());
+            let agent = agent_after(&sandbox, follow);
+            let begin = Instant::now();
+            container.stop();
+            table.add("lxc-stop", follow, begin.elapsed());
+            assert_agent_lives_on(&sandbox, agent);
+            wait_until_released(&sandbox);
+        }
+    }
+    table.print();
+}
+
+/// Each comes first in every other pair.
+fn in_turn(pair: usize) -> [&'static str; 2] {
+    if pair % 2 == 0 { ["auto", "never"] } else { ["never", "auto"] }
+}
+
+/// Times of engines with and without an agent to start.
+#[derive(Default)]
+struct Table(BTreeMap<String, BTreeMap<String, Vec<Duration>>>);
+
+impl Table {
+    fn add(&mut self, what: &str, follow: &str, time: Duration) {
+        self.0.entry(what.to_owned()).or_default().entry(follow.to_owned()).or_default().push(time);
+    }
+
+    fn print(self) {
+        for (what, columns) in self.0 {
+            for (follow, times) in columns {
+                println!("{what}, follow={follow}: median {:?} of {times:?}", median(times.clone()));
+            }
+        }
+    }
+}
+
+/// The agent that an engine's start has left, detached; none with `never`.
+#[track_caller]
+fn agent_after(sandbox: &Sandbox, follow: &str) -> Option<u32> {
+    if follow == "never" {
+        assert_eq!(agent_of(sandbox), None);
+        return None;
+    }
+    let agent = wait_for_agent(sandbox);
+    assert_detached(sandbox, agent);
+    Some(agent)
+}
+
+// --- OCI runtimes and podman ----------------------------------------------------------------------------------------
+
+/// A podman of its own below the sandbox's directory, with the shipped hooks.d file; it joins containers to net0 on br0
+/// and net1 on br1, bridges in the sandbox's own namespace.
+struct Podman<'a> {
+    sandbox: &'a Sandbox,
+    runtime: Runtime,
+}
+
+impl<'a> Podman<'a> {
+    fn new(sandbox: &'a Sandbox, runtime: Runtime) -> Self {
+        for (program, package) in [("podman", "podman"), ("conmon", "conmon"), (runtime.program(), runtime.program())] {
+            require(program, package);
+        }
+        let dir = sandbox.dir();
+        for octet in [1, 2] {
+            write_network(&dir.join("networks"), octet);
+        }
+        write_hooks_d(&dir.join("hooks.d"), &hook());
+        sandbox.write("/etc/containers/containers.conf", &containers_conf(dir, runtime));
+        let storage = format!(
+            "[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"/run/containers\"\n",
+            dir.join("storage").display()
+        );
+        sandbox.write("/etc/containers/storage.conf", &storage);
+        Self { sandbox, runtime }
+    }
+
+    /// Runs podman to its end.
+    #[track_caller]
+    fn podman(&self, arguments: &[&str]) -> Outcome {
+        self.sandbox.spawn(&[&["podman"], arguments].concat()).wait(ENGINE_LIMIT)
+    }
+
+    /// Starts a container that sleeps and gives its id.
+    #[track_caller]
+    fn start(&self, name: &str, options: &[&str]) -> String {
+        self.start_from(None, name, options)
+    }
+
+    /// [`Podman::start`] from an image instead of a directory.
+    #[track_caller]
+    fn start_from(&self, image: Option<&str>, name: &str, options: &[&str]) -> String {
+        let messages = self.sandbox.dir().join(format!("{name}.hooks"));
+        let annotation = format!("--annotation=run.oci.hooks.stderr={}", messages.display());
+        let cgroup = format!("--cgroup-parent=/{}", self.sandbox.unique());
+        let root = oci::root_filesystem(self.sandbox).display().to_string();
+        let mut arguments = vec!["run", "--detach", "--name", name, &annotation];
+        if self.runtime == Runtime::Runc {
+            arguments.push(&cgroup);
+        }
+        arguments.extend(options);
+        match image {
+            Some(image) => arguments.push(image),
+            None => arguments.extend(["--rootfs", &root]),
+        }
+        arguments.extend(["/bin/busybox", "sleep", "1000"]);
+        let outcome = self.podman(&arguments);
+        let said = std::fs::read_to_string(messages).unwrap_or_default();
+        assert_eq!(outcome.code, Some(0), "{outcome}\n{said}");
+        outcome.ok()
+    }
+
+    #[track_caller]
+    fn inspect(&self, name: &str, format: &str) -> String {
+        self.podman(&["inspect", "--format", format, name]).ok()
+    }
+
+    #[track_caller]
+    fn netns(&self, name: &str) -> Netns {
+        let pid = self.inspect(name, "{{.State.Pid}}").parse().expect("a pid");
+        assert_ne!(pid, 0, "{name} does not run");
+        Netns::Pid(pid)
+    }
+
+    fn send(&self, name: &str, to: IpAddr, bytes: u64, rate: u64) -> Sender {
+        let mut argv = vec!["podman".to_owned(), "exec".to_owned(), name.to_owned()];
+        argv.extend(traffic::send_arguments(traffic::PROGRAM, to, bytes, Some(rate)));
+        Sender::attach(self.sandbox.spawn(&argv))
+    }
+
+    #[track_caller]
+    fn remove(&self, name: &str) {
+        self.podman(&["rm", "--force", "--time=0", name]).ok();
+    }
+}
+
+/// A network as podman 4 keeps it, with its bridge's name and netavark's `metric`, which podman cannot be asked for.
+fn write_network(directory: &Path, octet: u32) {
+    let network = json!({
+        "name": format!("net{}", octet - 1),
+        "id": format!("{octet:064x}"),
+        "driver": "bridge",
+        "network_interface": format!("br{}", octet - 1),
+        "created": "2024-01-01T00:00:00Z",
+        "subnets": [{ "subnet": format!("10.0.{octet}.0/24"), "gateway": format!("10.0.{octet}.1") }],
+        "ipv6_enabled": false,
+        "internal": false,
+        "dns_enabled": false,
+        "ipam_options": { "driver": "host-local" },
+        "options": { "metric": (octet * 100).to_string() },
+    });
+    std::fs::create_dir_all(directory).expect("the directory of the networks");
+    std::fs::write(directory.join(format!("net{}.json", octet - 1)), network.to_string()).expect("writing a network");
+}
+
+/// The shipped hooks.d file for the program under test.
+fn write_hooks_d(directory: &Path, program: &Path) {
+    let mut entry: Value = serde_json::from_str(HOOKS_D).expect("the shipped file is JSON");
+    entry["hook"]["path"] = json!(program);
+    std::fs::create_dir_all(directory).expect("the hooks directory");
+    std::fs::write(directory.join("mptcp-hook.json"), entry.to_string()).expect("writing the hooks.d file");
+}
+
+/// containers.conf with hooks and networks below `directory`; the limits are what a root without CAP_SYS_RESOURCE may
+/// set.
+fn containers_conf(directory: &Path, runtime: Runtime) -> String {
+    let cgroups = match runtime {
+        Runtime::Crun => "disabled",
+        Runtime::Runc => "enabled",
+    };
+    format!(
+        r#"[engine]
+runtime = "{runtime}"
+hooks_dir = ["{dir}/hooks.d"]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+[network]
+network_backend = "netavark"
+network_config_dir = "{dir}/networks"
+[containers]
+cgroups = "{cgroups}"
+pids_limit = 0
+log_driver = "k8s-file"
+default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
+"#,
+        runtime = runtime.program(),
+        dir = directory.display(),
+    )
+}
+
+/// eth1's IPv4 address, from the kernel; waits for it.
+#[track_caller]
+fn eth1_address(sandbox: &Sandbox, netns: &Netns) -> IpAddr {
+    wait_for("eth1's address", ENGINE_LIMIT, || {
+        let outcome = sandbox.run_in(netns, &["ip", "-j", "-4", "address", "show", "eth1"]);
+        let links: Value = serde_json::from_str(&outcome.stdout).ok()?;
+        links[0]["addr_info"][0]["local"].as_str()?.parse().ok()
+    })
+}
+
+/// The engines return, stop and remove while the agent lives on, and it is in nobody's cgroup.
+fn agent_keeps_neither_runtime_nor_podman_waiting(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::at_host(&sandbox);
+    let podman = Podman::new(&sandbox, runtime);
+    let program = runtime.program();
+    let mut table = Table::default();
+    let cgroup_left = |id: &str| sandbox.sh(&format!("find /sys/fs/cgroup -type d -path '*{id}*'"));
+    for pair in 0..PAIRS {
+        for follow in in_turn(pair) {
+            for verb in ["create", "run"] {
+                end_agent(&sandbox);
+                let bundle = Bundle::new(&sandbox, &format!("{verb}{follow}{pair}"))
+                    .annotation("mptcp-hook/interface.eth1", "backup")
+                    .annotation("mptcp-hook/follow", follow)
+                    .mptcp_hook(Stage::CreateRuntime);
+                let container = bundle.write(runtime);
+                let directory = container.bundle().display().to_string();
+                let begin = Instant::now();
+                if verb == "run" {
+                    container.runtime(&["run", "--detach", "--bundle", &directory, container.id()]).ok();
+                } else {
+                    container.create().unwrap_or_else(|message| panic!("{program} {verb}: {message}"));
+                }
+                table.add(&format!("{program} {verb}"), follow, begin.elapsed());
+                let agent = agent_after(&sandbox, follow);
+                assert_eq!(sandbox.status_of(container.id())["followed"], follow == "auto");
+                container.delete();
+                assert_agent_lives_on(&sandbox, agent);
+                assert_eq!(cgroup_left(container.id()), "");
+                wait_until_released(&sandbox);
+            }
+
+            end_agent(&sandbox);
+            let follow_option = format!("--annotation=mptcp-hook/follow={follow}");
+            let begin = Instant::now();
+            let id = podman.start("web", &["--network=net0:interface_name=eth0", BACKUP, &follow_option]);
+            table.add(&format!("podman run with {program}"), follow, begin.elapsed());
+            let agent = agent_after(&sandbox, follow);
+            assert_eq!(sandbox.status_of(&id)["followed"], follow == "auto");
+            let begin = Instant::now();
+            podman.podman(&["stop", "--time=0", "web"]).ok();
+            table.add(&format!("podman stop with {program}"), follow, begin.elapsed());
+            let begin = Instant::now();
+            podman.remove("web");
+            table.add(&format!("podman rm with {program}"), follow, begin.elapsed());
+            assert_agent_lives_on(&sandbox, agent);
+            assert_eq!(cgroup_left(&id), "");
+            // It waits for whatever has become a child of its own.
+            wait_until("conmon's end", AGENT_LIMIT, || sandbox.run(&["pgrep", "-x", "conmon"]).code == Some(1));
+            wait_until_released(&sandbox);
+        }
+    }
+    table.print();
+}
+
+/// The runtime never comes back: no poststop.
+fn agent_releases_what_a_crashed_runtime_left(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::new(&sandbox);
+    let wiring = Wiring::new();
+    let container = Bundle::new(&sandbox, "crash")
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .annotation("mptcp-hook/follow", "always")
+        .hook(Stage::CreateRuntime, paths.joining_hook(&wiring))
+        .mptcp_hook(Stage::CreateRuntime)
+        .start(runtime);
+    wait_for_agent(&sandbox);
+    let netns = container.netns();
+    wait_for_backup(&sandbox, &netns, IpAddr::from([10, 0, 2, 2]));
+    assert_eq!(sandbox.status_of(container.id())["followed"], true);
+    let ends = || sandbox.sh_in(paths.server(), "ip -o link show").matches("eth").count();
+    let before = ends();
+    let pid = container.pid();
+    sandbox.sh(&format!("kill -9 {pid}"));
+    let killed = Instant::now();
+    wait_until("the end of the container's interfaces", AGENT_LIMIT, || ends() < before);
+    println!("the interfaces were gone {:?} after the kill", killed.elapsed());
+    wait_until_released(&sandbox);
+    // What the runtime itself has kept of it is all that is left, and its poststop has nothing to do.
+    container.delete();
+    wait_until_released(&sandbox);
+}
+
+/// With a user namespace of its own a container of podman 4.3's gets its networks only after the hooks: that with
+/// explicit mappings, and that of `--userns=auto`.
+fn agent_attaches_what_podman_attaches_late(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::at_host(&sandbox);
+    let podman = Podman::new(&sandbox, runtime);
+    let server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    // Where the ids of `auto` come from.
+    sandbox.sh("for file in /etc/subuid /etc/subgid; do echo containers:200000:65536 >>$file; done");
+    // podman 4.3 maps the ids of `auto` for images only, and crun cannot make mount points where it has other ids.
+    let rootfs = oci::root_filesystem(&sandbox);
+    sandbox.sh(&format!(
+        "cd {}; mkdir -p etc run dev/pts; touch etc/hosts etc/hostname etc/resolv.conf run/.containerenv
+         tar -c . | podman import --quiet - localhost/busybox
+         chown -R 200000:200000 .",
+        rootfs.display()
+    ));
+    let mapping = ["--uidmap=0:200000:65536", "--gidmap=0:200000:65536"];
+    let modes = [(None, &mapping[..]), (Some("localhost/busybox"), &["--userns=auto:size=65536"])];
+    for (number, (image, mode)) in modes.into_iter().enumerate() {
+        let name = format!("late{number}");
+        let networks = ["--network=net0:interface_name=eth0", "--network=net1:interface_name=eth1", BACKUP];
+        let id = podman.start_from(image, &name, &[&networks, mode].concat());
+        let netns = podman.netns(&name);
+        let mapped = sandbox.sh(&format!("cat {}", netns.path().replace("ns/net", "uid_map")));
+        assert!(mapped.contains("200000"), "no user namespace of its own: {mapped}");
+        wait_for_backup(&sandbox, &netns, eth1_address(&sandbox, &netns));
+        let in_status = wait_for_state(&sandbox, &id, "applied");
+        assert_eq!(in_status["followed"], true, "it was not late: {in_status:#}");
+        let (joins, received) = (capture.joins().len(), server.received().len());
+        assert!(podman.send(&name, paths.address(), 5_000_000, RATE).finish(TRANSFER_LIMIT).mptcp);
+        assert_eq!(server.received().len(), received + 1);
+        let of_this = || capture.joins().into_iter().skip(joins).find(|join| join.interface == "br1");
+        assert!(wait_for("a join over br1", AGENT_LIMIT, of_this).backup);
+        // Its next life has other namespaces and other addresses.
+        podman.podman(&["restart", "--time=0", &name]).ok();
+        let netns = podman.netns(&name);
+        wait_for_backup(&sandbox, &netns, eth1_address(&sandbox, &netns));
+        assert_eq!(wait_for_state(&sandbox, &id, "applied")["followed"], true);
+        podman.remove(&name);
+        wait_until_released(&sandbox);
+    }
+}
+
+/// No hook runs for either.
+fn agent_follows_podman_network_connect_and_disconnect(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::at_host(&sandbox);
+    let podman = Podman::new(&sandbox, runtime);
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let id = podman.start("web", &["--network=net0:interface_name=eth0", BACKUP]);
+    let netns = podman.netns("web");
+    assert_eq!(sandbox.endpoints(&netns), []);
+    wait_for_state(&sandbox, &id, "pending");
+    let mut live = podman.send("web", paths.address(), 600 * SLOW, SLOW);
+    live.wait_sent(SLOW / 10);
+    for round in 1..=2 {
+        podman.podman(&["network", "connect", "net1", "web"]).ok();
+        let address = eth1_address(&sandbox, &netns);
+        wait_for_backup(&sandbox, &netns, address);
+        wait_for_state(&sandbox, &id, "applied");
+        // The open connection of eth0 joins over it.
+        let joins = || capture.joins().into_iter().filter(|j| j.interface == "br1").collect::<Vec<_>>();
+        let joins = wait_for("a join over br1", AGENT_LIMIT, || Some(joins()).filter(|joins| joins.len() >= round));
+        assert!(joins.iter().all(|join| join.backup), "{joins:?}");
+
+        podman.podman(&["network", "disconnect", "net1", "web"]).ok();
+        wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&netns).is_empty());
+        wait_for_state(&sandbox, &id, "pending");
+    }
+    drop(live);
+    let (main, backup) = (capture.payload_received("br0"), capture.payload_received("br1"));
+    assert!(backup * 20 < main, "payload over the backup path: {backup} bytes, over the other: {main}");
+    podman.remove("web");
+    wait_until_released(&sandbox);
+}
+
+/// conmon would have started the clean-up.
+fn agent_releases_what_a_crashed_conmon_left(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::at_host(&sandbox);
+    let podman = Podman::new(&sandbox, runtime);
+    let networks = ["--network=net0:interface_name=eth0", "--network=net1:interface_name=eth1"];
+    let options = [&networks[..], &[BACKUP, "--annotation=mptcp-hook/follow=always"]].concat();
+    let id = podman.start("web", &options);
+    let netns = podman.netns("web");
+    wait_for_backup(&sandbox, &netns, eth1_address(&sandbox, &netns));
+    let agent = wait_for_agent(&sandbox);
+    assert_eq!(sandbox.status_of(&id)["followed"], true);
+    let pids = podman.inspect("web", "{{.State.ConmonPid}} {{.State.Pid}}");
+    sandbox.sh(&format!("kill -9 {pids}"));
+    wait_until_released(&sandbox);
+    assert_agent_lives_on(&sandbox, Some(agent));
+    // podman tidies up after itself, and its poststop has nothing to do.
+    podman.remove("web");
+    wait_until_released(&sandbox);
+}
+
+// --- without root ---------------------------------------------------------------------------------------------------
+
+/// A command line that runs `argv` as the user without privileges.
+fn as_user(home: &Path, argv: &[&str]) -> Vec<String> {
+    let user = USER.to_string();
+    let home = format!("HOME={}", home.display());
+    let runtime_dir = format!("XDG_RUNTIME_DIR=/run/user/{USER}");
+    let mut all = vec!["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "env", "--ignore-environment"];
+    all.extend(["--chdir=/", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", &home, &runtime_dir]);
+    all.extend(argv);
+    all.into_iter().map(str::to_owned).collect()
+}
+
+/// The user's state directory.
+fn user_state() -> String {
+    format!("/run/user/{USER}/mptcp-hook")
+}
+
+/// The cgroup that belongs to the user, as systemd would give one.
+fn user_cgroup(sandbox: &Sandbox) -> String {
+    format!("/sys/fs/cgroup/{}", sandbox.name("user"))
+}
+
+/// Makes the user, with what an administrator gives to somebody who shall run containers.
+fn add_user(sandbox: &Sandbox, home: &Path) {
+    require("setpriv", "util-linux");
+    require("newuidmap", "uidmap");
+    for file in ["/etc/subuid", "/etc/subgid"] {
+        sandbox.write(file, &format!("mptcp-test:{USER_FIRST_MAPPED}:65536\n"));
+    }
+    sandbox.write("/etc/lxc/lxc-usernet", "mptcp-test veth br0 4\nmptcp-test veth br1 4\n");
+    sandbox.sh(&format!(
+        "echo 'mptcp-test:x:{USER}:{USER}::{home}:/bin/sh' >>/etc/passwd
+         echo 'mptcp-test:x:{USER}:' >>/etc/group
+         install -d -m 755 /run/user {cgroup}
+         install -d -m 700 -o {USER} -g {USER} /run/user/{USER}
+         chown {USER}:{USER} {cgroup} {cgroup}/cgroup.procs {cgroup}/cgroup.subtree_control",
+        home = home.display(),
+        cgroup = user_cgroup(sandbox),
+    ));
+}
+
+/// Waits until the user's ledger holds nothing any more.
+#[track_caller]
+fn wait_until_user_is_released(sandbox: &Sandbox) {
+    wait_until_no_file_is_left(sandbox, &user_state());
+}
+
+/// The agent is uid 0 of podman's user namespace and keeps to the user's own state directory.
+fn agent_of_a_rootless_podman(runtime: Runtime) {
+    for (program, package) in [("podman", "podman"), (runtime.program(), runtime.program())] {
+        require(program, package);
+    }
+    let sandbox = Sandbox::new();
+    let paths = TwoPaths::new(&sandbox);
+    let home = sandbox.dir().join("home");
+    add_user(&sandbox, &home);
+    let config = home.join(".config/containers");
+    std::fs::create_dir_all(&config).expect("the user's configuration");
+    std::fs::write(config.join("containers.conf"), containers_conf(&home, runtime)).expect("containers.conf");
+    std::fs::write(config.join("storage.conf"), "[storage]\ndriver = \"vfs\"\n").expect("storage.conf");
+    write_hooks_d(&home.join("hooks.d"), &readable_hook(&sandbox));
+    let root = oci::root_filesystem(&sandbox);
+    sandbox.sh(&format!("cp -a {} {1}/rootfs; chown -R {USER}:{USER} {1}", root.display(), home.display()));
+    let run = |argv: &[&str]| sandbox.spawn(&as_user(&home, argv)).wait(ENGINE_LIMIT);
+
+    // A network namespace of the user's, joined to the two paths; eth1 has lost its address.
+    let script =
+        format!("touch {0}/ctr; unshare --net={0}/ctr sh -c 'echo $$ >{0}/pid; exec sleep 1000'", home.display());
+    let mut holder = sandbox.spawn(&as_user(&home, &["podman", "unshare", "sh", "-ec", &script]));
+    let pid = wait_for("the user's network namespace", ENGINE_LIMIT, || {
+        assert!(holder.is_running(), "podman unshare ended: {}{}", holder.stdout(), holder.stderr());
+        std::fs::read_to_string(home.join("pid")).ok()?.trim().parse::<u32>().ok()
+    });
+    sandbox.sh(&format!("ip netns attach ctr {pid}"));
+    let ctr = Netns::named("ctr");
+    paths.join(&Wiring::new(), &ctr);
+    let _server = Server::start(&sandbox, paths.server());
+    let capture = Capture::start(&sandbox, paths.server());
+    let program = readable_hook(&sandbox).display().to_string();
+    let status = || -> Value {
+        let json = run(&[&program, "status", "--json"]).ok();
+        serde_json::from_str(&json).unwrap_or_else(|e| panic!("status --json gave {json}: {e}"))
+    };
+
+    let network = format!("--network=ns:{}/ctr", home.display());
+    let rootfs = home.join("rootfs").display().to_string();
+    let said = home.join("hooks.log");
+    let messages = format!("--annotation=run.oci.hooks.stderr={}", said.display());
+    for crashes in [false, true] {
+        sandbox.sh_in(&ctr, "ip address flush dev eth1");
+        let argv = ["podman", "run", "--detach", "--name=web", &network, &messages, BACKUP, "--rootfs", &rootfs];
+        let outcome = run(&[&argv[..], &["/bin/busybox", "sleep", "1000"]].concat());
+        assert_eq!(outcome.code, Some(0), "{outcome}\n{}", std::fs::read_to_string(&said).unwrap_or_default());
+        assert_eq!(sandbox.endpoints(&ctr), []);
+        let container = status()["containers"][0].clone();
+        eth1_of(&container, "pending");
+        assert_eq!(
+            container["followed"],
+            true,
+            "{container:#}\n{}",
+            std::fs::read_to_string(&said).unwrap_or_default()
+        );
+        let agent = wait_for("the user's agent", AGENT_LIMIT, || agent_in(&sandbox, &user_state()));
+        let uid = sandbox.sh(&format!("stat -c %u /proc/{agent}; stat -c '%u %a' {}", user_state()));
+        assert_eq!(uid, format!("{USER}\n{USER} 700"));
+        assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
+
+        sandbox.sh_in(&ctr, "ip addr add 10.0.2.2/24 dev eth1; ip route add default via 10.0.2.1 dev eth1 metric 200");
+        wait_for_backup(&sandbox, &ctr, IpAddr::from([10, 0, 2, 2]));
+        let argv = ["podman", "exec", "web"].map(str::to_owned).into_iter();
+        let argv: Vec<_> =
+            argv.chain(traffic::send_arguments(traffic::PROGRAM, paths.address(), 3_000_000, Some(RATE))).collect();
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let joins = capture.joins().len();
+        assert!(Sender::attach(sandbox.spawn(&as_user(&home, &argv))).finish(TRANSFER_LIMIT).mptcp);
+        let join = wait_for("a join", AGENT_LIMIT, || capture.joins().get(joins).cloned());
+        assert_eq!((join.interface.as_str(), join.backup), ("eth1", true));
+
+        sandbox.sh_in(&ctr, "ip address del 10.0.2.2/24 dev eth1");
+        wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&ctr).is_empty());
+        sandbox.sh_in(&ctr, "ip addr add 10.0.2.3/24 dev eth1");
+        wait_for_backup(&sandbox, &ctr, IpAddr::from([10, 0, 2, 3]));
+        if crashes {
+            let pids = run(&["podman", "inspect", "--format", "{{.State.ConmonPid}} {{.State.Pid}}", "web"]).ok();
+            sandbox.sh(&format!("kill -9 {pids}"));
+            wait_until_user_is_released(&sandbox);
+        }
+        run(&["podman", "rm", "--force", "--time=0", "web"]).ok();
+        wait_until_user_is_released(&sandbox);
+        assert_eq!(sandbox.endpoints(&ctr), []);
+        // Nobody would have started another.
+        wait_for("the user's agent, still", AGENT_LIMIT, || agent_in(&sandbox, &user_state()));
+    }
+}
+
+/// Each hook starts what its container needs.
+#[test]
+fn agent_of_an_unprivileged_user_of_lxc() {
+    follow_containers_of_an_unprivileged_user(false);
+}
+
+/// As a unit of the user's own systemd would start it, for all containers.
+#[test]
+fn agent_started_by_an_unprivileged_user_of_lxc() {
+    follow_containers_of_an_unprivileged_user(true);
+}
+
+/// Each container of an unprivileged user of LXC is followed, and nobody keeps a dead one's namespace. `by_hand`: the
+/// agent runs before any of them.
+fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
+    let sandbox = Sandbox::new();
+    let paths = two_bridges(&sandbox);
+    add_user(&sandbox, Path::new("/"));
+    let _server = Server::start(&sandbox, paths.server());
+    let make = |what: &str, last: u8| {
+        let static_eth0 = [format!("ipv4.address = 10.0.1.{last}/24"), "ipv4.gateway = 10.0.1.1".to_owned()];
+        let container =
+            Lxc::new(&sandbox, what, Starter::User).veth(0, &static_eth0.each_ref().map(String::as_str)).veth(1, &[]);
+        container.start_host("").post_stop()
+    };
+    let give = |container: &Lxc, last: u8| {
+        let netns = container.netns();
+        let user = format!("nsenter --target {} --user --net ip", container.pid());
+        sandbox.sh(&format!(
+            "{user} address add 10.0.2.{last}/24 dev eth1; {user} route replace default via 10.0.2.1 dev eth1 metric 200"
+        ));
+        wait_for_backup(&sandbox, &netns, IpAddr::from([10, 0, 2, last]));
+    };
+    let veths = || sandbox.sh("ls /sys/class/net/br0/brif /sys/class/net/br1/brif").matches("veth").count();
+
+    let (first, second) = (make("first", 2), make("second", 3));
+    let program = readable_hook(&sandbox).display().to_string();
+    let mut agent = by_hand.then(|| sandbox.spawn(&as_user(Path::new("/"), &[&program, "agent"])));
+    if by_hand {
+        wait_for("the user's agent", AGENT_LIMIT, || agent_in(&sandbox, &user_state()));
+    }
+    for container in [&first, &second] {
+        container.start();
+        let in_status = container.in_status();
+        eth1_of(&in_status, "pending");
+        assert_eq!(in_status["followed"], true, "{in_status:#}\n{}", container.log());
+    }
+    assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
+    give(&first, 2);
+    assert_backup_rule(&first, &paths, IpAddr::from([10, 0, 2, 2]));
+    give(&second, 3);
+    assert_backup_rule(&second, &paths, IpAddr::from([10, 0, 2, 3]));
+    for container in [&first, &second] {
+        wait_until("the way out in status", AGENT_LIMIT, || {
+            eth1_of(&container.in_status(), "applied")["route"] == "ok"
+        });
+        assert_eq!(container.in_status()["followed"], true);
+    }
+
+    // The first is gone with everything of it, whoever has begun to follow with it.
+    assert_eq!(veths(), 4);
+    first.kill();
+    wait_until("the end of the first one's interfaces", AGENT_LIMIT, || veths() == 2);
+    wait_until("the release of the first one", AGENT_LIMIT, || {
+        first.status()["containers"].as_array().is_some_and(|containers| containers.len() == 1)
+    });
+    let user = format!("nsenter --target {} --user --net ip", second.pid());
+    sandbox.sh(&format!("{user} address del 10.0.2.3/24 dev eth1"));
+    wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&second.netns()).is_empty());
+    give(&second, 4);
+    // Started again it is another container, and followed anew.
+    first.start();
+    give(&first, 5);
+    for container in [&first, &second] {
+        container.stop();
+    }
+    wait_until("the end of all interfaces", AGENT_LIMIT, || veths() == 0);
+    wait_until_user_is_released(&sandbox);
+    if let Some(agent) = &mut agent {
+        assert!(agent.is_running(), "{}", agent.stderr());
+    }
+}
