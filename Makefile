@@ -38,6 +38,10 @@ install:
 	@test -x $(PROGRAM) || { echo "$(PROGRAM) is not there: run make first" >&2; exit 1; }
 	$(INSTALL) -D -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/mptcp-hook
 	find hooks -type f -exec $(INSTALL) -D -m 644 {} $(DESTDIR)$(PREFIX)/share/mptcp-hook/{} \;
+	for unit in hooks/systemd/*.*; do \
+	  sed 's|/usr/local/bin/|$(PREFIX)/bin/|' "$$unit" | $(INSTALL) -D -m 644 /dev/stdin "$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}" && \
+	  sed 's|/usr/local/bin/|$(PREFIX)/bin/|' "hooks/systemd/user/$${unit##*/}" | $(INSTALL) -D -m 644 /dev/stdin "$(DESTDIR)$(PREFIX)/lib/systemd/user/$${unit##*/}" || exit 1; \
+	done
 	$(INSTALL) -D -m 644 README.md $(DESTDIR)$(PREFIX)/share/doc/mptcp-hook/README.md
 	$(INSTALL) -D -m 644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/mptcp-hook/LICENSE
 
