@@ -146,6 +146,7 @@ pub fn run(globals: &Globals, stance: Stance, mut lock: AgentLock, origin: Origi
                 // The lock stays with the child.
                 std::process::exit(0);
             }
+            nix::unistd::setsid().context("cannot begin a session")?;
             continue;
         }
         ledger.forget_agent(&lock)?;
@@ -333,6 +334,7 @@ impl<'a> Agent<'a> {
         let Some(key) = self.numbers.get(&number).cloned() else { return };
         let worker = self.containers.get(&key).and_then(|container| container.worker);
         self.drop_container(&key);
+        self.container_ended();
         if let Some(worker) = worker {
             // It has released the container, or was killed.
             let _ = waitpid(worker, None);
@@ -371,6 +373,7 @@ impl<'a> Agent<'a> {
                 }
                 if event.mask.contains(AddWatchFlags::IN_DELETE) {
                     self.drop_container(&key);
+                    self.container_ended();
                 } else if self.is_mine(&key) {
                     self.queue(&key, Task::Begin);
                 }
@@ -421,7 +424,6 @@ impl<'a> Agent<'a> {
     }
 
     fn drop_container(&mut self, key: &str) {
-        self.container_ended();
         self.tasks.retain(|(queued, ..)| queued != key);
         self.later.retain(|later| later.key != key);
         let Some(container) = self.containers.remove(key) else { return };
@@ -518,6 +520,7 @@ impl<'a> Agent<'a> {
         };
         if !record.instance.is_alive(&self.boot_id) {
             self.drop_container(key);
+            self.container_ended();
             self.queue(key, Task::Release);
             return Ok(());
         }
@@ -535,6 +538,7 @@ impl<'a> Agent<'a> {
                     Ok(None) => return Ok(()),
                     // It has ended while it was looked at.
                     Err(_) if !instance.is_alive(&self.boot_id) => {
+                        self.container_ended();
                         self.queue(key, Task::Release);
                         return Ok(());
                     }

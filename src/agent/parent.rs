@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 use super::End;
 use crate::kernel::sysctl::read_text;
 
-/// How long after the end of a container the parent is looked at; it doubles with each try.
-const FIRST_PAUSE: Duration = Duration::from_millis(2);
-/// How often it is tried.
-const TRIES_MAX: u32 = 12;
+/// How long after the end of a container conmon is where it waits; it doubles with each try, each of which costs a new
+/// process that reads everything anew.
+const CONMON_PAUSE: Duration = Duration::from_millis(100);
+/// The same for crun, which is only looked at.
+const CRUN_PAUSE: Duration = Duration::from_millis(2);
+/// For how long in all it is tried.
+const LONGEST_PAUSE: Duration = Duration::from_secs(6);
 
 /// Whether the parent may wait, and when to look at it.
 #[derive(Clone, Copy, Default)]
@@ -49,8 +52,12 @@ impl Way {
     }
 
     fn look_later(&mut self) {
-        let waits = matches!(parent_name().as_deref(), Some("conmon" | "crun"));
-        let pause = (waits && self.tries < TRIES_MAX).then(|| FIRST_PAUSE * 2_u32.pow(self.tries));
+        let first = match parent_name().as_deref() {
+            Some("conmon") => Some(CONMON_PAUSE),
+            Some("crun") => Some(CRUN_PAUSE),
+            _ => None,
+        };
+        let pause = first.map(|first| first * 2_u32.pow(self.tries)).filter(|pause| *pause < LONGEST_PAUSE);
         self.due = pause.map(|pause| Instant::now() + pause);
     }
 }
