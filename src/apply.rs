@@ -15,8 +15,8 @@ use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
 use crate::plan::{Holder, HostSetting, Input, Plan, scope};
 use crate::release::{self, Whose};
-use crate::request::Request;
 use crate::request::setting::{self, SettingKey};
+use crate::request::{Request, Routes};
 
 /// What came of it.
 pub enum Done {
@@ -305,9 +305,13 @@ impl Work<'_> {
         if request.patterns().into_values().any(|(_, flags)| flags.is_off()) {
             facts.default_route_links = self.kernel.default_route_links()?;
         }
-        if self.follows.is_some() {
-            let has_endpoint = |ip| facts.endpoints.iter().any(|endpoint| endpoint.address == ip);
-            for address in facts.addresses.iter().filter(|address| address.is_usable() && !has_endpoint(address.ip)) {
+        let routes = request.asked_routes().is_some_and(|(_, routes)| routes == Routes::Auto);
+        if routes || record.as_ref().is_some_and(Record::has_routing) {
+            facts.routing = Some(self.kernel.routing()?);
+        }
+        if self.follows.is_some() || routes {
+            let is_known = |ip| !routes && facts.endpoints.iter().any(|endpoint| endpoint.address == ip);
+            for address in facts.addresses.iter().filter(|address| address.is_usable() && !is_known(address.ip)) {
                 let way_out = self.kernel.route(address.ip, address.ifindex)?;
                 facts.routes.insert((address.ip, address.ifindex), way_out);
             }

@@ -33,7 +33,7 @@ const SUBFLOWS: &str = "module:mptcp_fullmesh.num_subflows";
 type Asked = (Rank, Result<What, String>);
 
 fn interface(name: &str, flags: &str) -> Asked {
-    (ADMIN, request::interface(name, flags))
+    (ADMIN, request::interface(name, flags).map(|mut wishes| wishes.remove(0)))
 }
 
 /// A sysctl or a module's parameter.

@@ -171,6 +171,7 @@ enum Id {
     Sysctl,
     Module,
     OnConflict,
+    Routes,
     Follow,
     Name,
     /// Only one of its values is in this version.
@@ -215,7 +216,7 @@ const FLAGS: &[Flag] = &[
     flag(
         Id::Interface,
         "interface",
-        Some("NAME=FLAG[,FLAG...]"),
+        Some("NAME=FLAG[,FLAG...][,gateway=ADDRESS]"),
         REQUEST,
         "subflow, signal, backup, fullmesh, laminar, off, default, or a number as in\n/sys/class/net/eth0/flags (0x101003 = backup). NAME may hold * and ?. Repeatable.",
     ),
@@ -242,7 +243,13 @@ const FLAGS: &[Flag] = &[
         "What to do where others rely on another value; refuse if not said.",
     ),
     flag(Id::Name, "name", Some("NAME"), REQUEST, "The name to show, and of the file in containers.d."),
-    flag(Id::PartlyBuilt, "routes", Some("off"), REQUEST, "auto is not in this version yet."),
+    flag(
+        Id::Routes,
+        "routes",
+        Some("auto|off"),
+        REQUEST,
+        "auto: a rule and a table of its own for each interface whose packets would not leave by it;\noff if not said.",
+    ),
     flag(Id::PartlyBuilt, "mptcp", Some("default"), REQUEST, "off and force are not in this version yet."),
     flag(
         Id::Follow,
@@ -391,11 +398,15 @@ impl Read {
         let pair =
             || value.split_once('=').ok_or_else(|| format!("it has the form {}", flag.value.unwrap_or_default()));
         let wish = match flag.id {
-            Id::Interface => pair().and_then(|(name, flags)| request::interface(name, flags)),
+            Id::Interface => {
+                let wishes = pair().and_then(|(name, flags)| request::interface(name, flags));
+                return self.wish(&said(), wishes);
+            }
             Id::Limit => pair().and_then(|(name, n)| request::limit(name, n)),
             Id::Sysctl => pair().and_then(|(key, value)| request::sysctl(key, value)),
             Id::Module => pair().and_then(|(key, value)| request::module(key, value)),
             Id::OnConflict => value.parse().map(What::OnConflict),
+            Id::Routes => value.parse().map(What::Routes),
             Id::Follow => value.parse().map(What::Follow),
             Id::Name => request::name(value),
             Id::PartlyBuilt => {
@@ -422,9 +433,14 @@ impl Read {
             }
             Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
         };
-        let wish = wish.map_err(|e| usage(format!("{}: {e}", said())))?;
+        self.wish(&said(), wish.map(|what| vec![what]))
+    }
+
+    fn wish(&mut self, said: &str, asked: Result<Vec<What>, String>) -> Result<()> {
+        let asked = asked.map_err(|e| usage(format!("{said}: {e}")))?;
         let place = if self.rank == Rank::CommandLine { "the command line's" } else { "the hook argument" };
-        self.wishes.push(Wish::new(wish, Source::new(self.rank, format!("{place} {}", said()))));
+        let source = Source::new(self.rank, format!("{place} {said}"));
+        self.wishes.extend(asked.into_iter().map(|what| Wish::new(what, source.clone())));
         Ok(())
     }
 
@@ -619,7 +635,7 @@ mod tests {
         for word in NOT_BUILT {
             assert!(error(word).contains("not in this version yet"));
         }
-        for line in ["status --prometheus", "oci --routes auto", "oci --mptcp force"] {
+        for line in ["status --prometheus", "oci --mptcp force"] {
             assert!(error(line).contains("not in this version yet"), "{line}");
         }
         assert!(read("oci --routes off --mptcp default --follow never").is_ok());

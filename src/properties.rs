@@ -771,7 +771,7 @@ impl<'a> World<'a> {
             let (name, value) = (SETTINGS[*key].0, SETTINGS[*key].1[*value]);
             let what = match name.split_once([':', '.']) {
                 Some(("module", parameter)) => request::module(parameter, value),
-                Some(("interface", name)) => request::interface(name, value),
+                Some(("interface", name)) => request::interface(name, value).map(|mut wishes| wishes.remove(0)),
                 _ => request::sysctl(name, value),
             };
             request.add(Wish::new(what.expect("a wish"), Source::new(rank(*admin), "somebody")))?;

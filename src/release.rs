@@ -110,7 +110,10 @@ fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: 
     if let Some(Reach { mut kernel, inside }) = find(record, &siblings)? {
         if inside {
             let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
-            let facts = kernel.facts(&keys)?;
+            let mut facts = kernel.facts(&keys)?;
+            if record.has_routing() {
+                facts.routing = Some(kernel.routing()?);
+            }
             let changes = undo::in_namespace(record, &siblings, &facts, ledger::now(), &mut conflicts);
             for change in &changes {
                 kernel.perform(change)?;

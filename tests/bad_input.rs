@@ -346,11 +346,13 @@ fn annotations_that_mean_nothing() {
         ("mptcp-hook/interface.a/b", "backup", "interface name"),
         ("mptcp-hook/interface.averyveryverylongname", "backup", "longer"),
         ("mptcp-hook/on-conflict", "maybe", "refuse, warn or override"),
-        ("mptcp-hook/routes", "auto", "not in this version yet"),
+        ("mptcp-hook/routes", "always", "is not auto or off"),
         ("mptcp-hook/mptcp", "force", "not in this version yet"),
         ("mptcp-hook/follow", "sometimes", "is not auto, always or never"),
         ("mptcp-hook/mptcp", "sometimes", "default"),
-        ("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1", "gateway"),
+        ("mptcp-hook/interface.eth1", "backup,gateway=10.0.2", "is not an IP address"),
+        ("mptcp-hook/interface.eth1", "backup,gateway=127.0.0.1", "cannot be a next hop"),
+        ("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1,gateway=10.0.2.9", "two gateways"),
     ] {
         world.annotation_fails(key, value, 2, &[key, near]);
     }
@@ -830,7 +832,7 @@ fn command_lines_that_mean_nothing() {
 fn what_is_not_built_says_so() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    let cases: [&[&str]; 11] = [
+    let cases: [&[&str]; 10] = [
         &["doctor"],
         &["doctor", "web", "--json"],
         &["doctor", "--probe", "10.0.0.1:80"],
@@ -839,14 +841,12 @@ fn what_is_not_built_says_so() {
         &["install", "podman", "--dry-run"],
         &["install", "systemd", "--uninstall"],
         &["status", "--prometheus"],
-        &["apply", "--netns", "/run/netns/ctr", "--routes", "auto"],
         &["apply", "--netns", "/run/netns/ctr", "--mptcp", "force"],
         &["apply", "--netns", "/run/netns/ctr", "--mptcp", "off"],
     ];
     for arguments in cases {
         world.assert_failed(&sandbox.hook(arguments), 2, &["not in this version yet"]);
     }
-    world.flags_fail(&["--interface", "eth1=backup,gateway=10.0.2.1"], 2, &["gateway", "this version"]);
     // What is the same as not asking for it is allowed.
     world.container.oci(&["--routes", "off", "--mptcp", "default", "--follow", "never"]).ok();
 }

@@ -407,10 +407,11 @@ fn annotations_that_would_be_the_policy() {
     ] {
         world.nonsense(&format!("mptcp-hook/{key}"), value, &["mptcp-hook/", "annotation"]);
     }
-    for (key, value) in [("routes", "auto"), ("mptcp", "force"), ("mptcp", "off")] {
+    for (key, value) in [("mptcp", "force"), ("mptcp", "off")] {
         world.nonsense(&format!("mptcp-hook/{key}"), value, &["not in this version yet"]);
     }
-    world.nonsense("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1", &["gateway"]);
+    world.nonsense("mptcp-hook/routes", "on", &["is not auto or off"]);
+    world.nonsense("mptcp-hook/interface.eth1", "backup,gateway=x", &["gateway"]);
 }
 
 /// The file for a container is found by a name that its author did not choose, unless the file itself asks for it.

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::netlink::KernelError;
 use super::{
-    Address, Change, ENDPOINTS_MAX, Endpoint, Facts, Kernel, Kind, Limits, Link, RouteState, Seen, SeenSetting,
+    Address, Change, ENDPOINTS_MAX, Endpoint, Facts, Kernel, Kind, Limits, Link, RouteState, Routing, Seen, SeenSetting,
 };
 use crate::request::LIMIT_MAX;
 use crate::request::flags::{EndpointFlags, IFF_HANDOVER, IFF_MPBACKUP, IFF_NOMULTIPATH};
@@ -71,6 +71,8 @@ pub struct Netns {
     pub default_route_links: Vec<u32>,
     /// The interfaces without any usable route.
     pub no_route: BTreeSet<u32>,
+    /// Its routing tables and rules.
+    pub routing: Routing,
     /// The sysctls that it owns.
     pub sysctls: BTreeMap<SettingKey, String>,
 }
@@ -670,6 +672,9 @@ impl FakeKernel {
             (Change::SetEndpointFlags(e), Kind::Upstream) => {
                 self.host.0.borrow_mut().set_endpoint_flags(self.inode, e.id, e.flags)
             }
+            (Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_), _) => {
+                self.host.netns(self.inode, |netns| change_routing(&mut netns.routing, change))
+            }
             (other, _) => bail!("this kernel kind has nothing to do {other} with"),
         }
         .with_context(|| format!("cannot {change}"))
@@ -717,6 +722,11 @@ impl FakeKernel {
                 bail!("the limits were set to {wanted:?} and read back as {:?}", netns.limits)
             }
             Change::Limits(_) => Ok(()),
+            Change::AddRoute(new) if !netns.routing.routes.contains(new) => bail!("the route {new} is not there"),
+            Change::DeleteRoute(old) if netns.routing.routes.contains(old) => bail!("the route {old} is there"),
+            Change::AddRule(new) if !netns.routing.rules.contains(new) => bail!("the {new} is not there"),
+            Change::DeleteRule(old) if netns.routing.rules.contains(old) => bail!("the {old} is there"),
+            Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_) => Ok(()),
         }
     }
 }
@@ -758,6 +768,7 @@ impl Kernel for FakeKernel {
             settings,
             congestion_controls: controls,
             routes: BTreeMap::new(),
+            routing: None,
         })
     }
 
@@ -800,10 +811,39 @@ impl Kernel for FakeKernel {
         Ok(self.host.netns(self.inode, |netns| netns.endpoints.clone()))
     }
 
-    fn route(&mut self, _address: IpAddr, index: u32) -> Result<RouteState> {
-        let missing = self.host.netns(self.inode, |netns| netns.no_route.contains(&index));
+    fn routing(&mut self) -> Result<Routing> {
+        Ok(self.host.netns(self.inode, |netns| netns.routing.clone()))
+    }
+
+    fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
+        let missing = self.host.netns(self.inode, |netns| {
+            let leads = |table| {
+                let mut routes = netns.routing.routes.iter();
+                routes.any(|route| route.is_default() && route.table == table && route.ifindex == index)
+            };
+            let ruled = netns.routing.rules.iter().any(|rule| rule.from == Some(address) && leads(rule.table));
+            netns.no_route.contains(&index) && !ruled
+        });
         Ok(if missing { RouteState::Missing } else { RouteState::Ok })
     }
+}
+
+fn change_routing(routing: &mut Routing, change: &Change) -> Result<()> {
+    let is_there = match change {
+        Change::AddRoute(route) | Change::DeleteRoute(route) => routing.routes.contains(route),
+        Change::AddRule(rule) | Change::DeleteRule(rule) => routing.rules.contains(rule),
+        _ => false,
+    };
+    match change {
+        Change::AddRoute(_) | Change::AddRule(_) if is_there => bail!("it is there already (EEXIST)"),
+        Change::DeleteRoute(_) | Change::DeleteRule(_) if !is_there => bail!("it is not there (ENOENT)"),
+        Change::AddRoute(route) => routing.routes.push(route.clone()),
+        Change::AddRule(rule) => routing.rules.push(rule.clone()),
+        Change::DeleteRoute(route) => routing.routes.retain(|other| other != route),
+        Change::DeleteRule(rule) => routing.rules.retain(|other| other != rule),
+        _ => {}
+    }
+    Ok(())
 }
 
 #[cfg(test)]

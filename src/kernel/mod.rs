@@ -8,6 +8,7 @@ pub mod fake;
 pub mod mptcp_org;
 pub mod netlink;
 pub mod netns;
+mod routing;
 pub mod sysctl;
 pub mod upstream;
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use netlink::mptcp_pm::{Endpoint, Limits};
 pub use netlink::route::{Address, Link};
+pub use netlink::routing::{Rule, TableRoute};
 
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
@@ -135,6 +137,17 @@ pub struct Facts {
     pub congestion_controls: Vec<String>,
     /// The ways out of usable addresses that have no endpoint yet, if the plan needs them.
     pub routes: BTreeMap<(IpAddr, u32), RouteState>,
+    /// The routing tables and rules, if the plan needs them.
+    pub routing: Option<Routing>,
+}
+
+/// The routing tables and rules of a namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routing {
+    /// The routes of all tables.
+    pub routes: Vec<TableRoute>,
+    /// The rules that have no conditions but ours.
+    pub rules: Vec<Rule>,
 }
 
 impl Facts {
@@ -153,6 +166,7 @@ impl Facts {
             default_route_links: Vec::new(),
             congestion_controls: sysctl::congestion_controls(&settings),
             routes: BTreeMap::new(),
+            routing: None,
             settings,
         })
     }
@@ -182,6 +196,14 @@ pub enum Change {
         /// The host's value, which must not change with it.
         host: Option<String>,
     },
+    /// Add a route to a table of ours.
+    AddRoute(TableRoute),
+    /// Delete a route of ours.
+    DeleteRoute(TableRoute),
+    /// Add a rule that leads to a table of ours.
+    AddRule(Rule),
+    /// Delete a rule of ours.
+    DeleteRule(Rule),
     /// Set both limits.
     Limits(Limits),
     /// Add an endpoint; id 0 lets the kernel choose.
@@ -210,6 +232,10 @@ impl std::fmt::Display for Change {
         match self {
             Self::HostSetting { key, value } => write!(f, "write {key} = {value} (the whole host's)"),
             Self::NetnsSysctl { key, value, .. } => write!(f, "write {key} = {value}"),
+            Self::AddRoute(route) => write!(f, "add the route {route}"),
+            Self::DeleteRoute(route) => write!(f, "delete the route {route}"),
+            Self::AddRule(rule) => write!(f, "add the {rule}"),
+            Self::DeleteRule(rule) => write!(f, "delete the {rule}"),
             Self::Limits(limits) => {
                 write!(f, "set limits subflows {} add_addr_accepted {}", limits.subflows, limits.add_addr_accepted)
             }
@@ -277,6 +303,9 @@ pub trait Kernel {
 
     /// The endpoints as they are now.
     fn endpoints(&mut self) -> Result<Vec<Endpoint>>;
+
+    /// The routing tables and rules as they are now.
+    fn routing(&mut self) -> Result<Routing>;
 
     /// Looks up the route of packets from `address` out of the interface `index`.
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState>;

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use super::netlink::route::{Link, Route};
 use super::netns::Visit;
-use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, sysctl};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, Routing, routing, sysctl};
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
 
@@ -37,7 +37,7 @@ impl Kernel for MptcpOrg {
     }
 
     fn perform(&mut self, change: &Change) -> Result<()> {
-        if sysctl::perform(&mut self.visit, change)? {
+        if sysctl::perform(&mut self.visit, change)? || routing::perform(&mut self.route, change)? {
             return Ok(());
         }
         match change {
@@ -50,6 +50,7 @@ impl Kernel for MptcpOrg {
         if changes.iter().any(|change| matches!(change, Change::LinkFlags { .. })) {
             confirm_links(&self.route.links()?, changes)?;
         }
+        routing::confirm(&mut self.route, changes)?;
         sysctl::confirm(&mut self.visit, changes)
     }
 
@@ -59,6 +60,10 @@ impl Kernel for MptcpOrg {
 
     fn endpoints(&mut self) -> Result<Vec<Endpoint>> {
         Ok(Vec::new())
+    }
+
+    fn routing(&mut self) -> Result<Routing> {
+        routing::read(&mut self.route)
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {

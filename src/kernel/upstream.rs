@@ -9,7 +9,7 @@ use super::netlink::mptcp_pm::PathManager;
 use super::netlink::route::Route;
 use super::netlink::{self};
 use super::netns::{Visit, in_initial_user_namespace};
-use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, SeenSetting, sysctl};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, Routing, SeenSetting, routing, sysctl};
 use crate::deadline::Deadline;
 use crate::request::flags::EndpointFlags;
 use crate::request::setting::SettingKey;
@@ -58,7 +58,7 @@ impl Kernel for Upstream {
     }
 
     fn perform(&mut self, change: &Change) -> Result<()> {
-        if sysctl::perform(&mut self.visit, change)? {
+        if sysctl::perform(&mut self.visit, change)? || routing::perform(&mut self.route, change)? {
             return Ok(());
         }
         match change {
@@ -103,6 +103,7 @@ impl Kernel for Upstream {
                 _ => {}
             }
         }
+        routing::confirm(&mut self.route, changes)?;
         sysctl::confirm(&mut self.visit, changes)
     }
 
@@ -112,6 +113,10 @@ impl Kernel for Upstream {
 
     fn endpoints(&mut self) -> Result<Vec<Endpoint>> {
         self.path_manager.endpoints()
+    }
+
+    fn routing(&mut self) -> Result<Routing> {
+        routing::read(&mut self.route)
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {

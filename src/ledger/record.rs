@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::instance::Instance;
-use crate::kernel::{Kind, Limits, RouteState};
+use crate::kernel::{Kind, Limits, RouteState, Rule, TableRoute};
 use crate::request::setting::SettingKey;
 use crate::request::{Follow, Request};
 
@@ -74,6 +74,11 @@ impl Record {
     /// The settings of its namespace that this instance relies on.
     pub fn netns_claims(&self) -> impl Iterator<Item = &OwnedSetting> {
         self.settings.iter().filter(|owned| owned.scope == Scope::Netns && owned.claimed)
+    }
+
+    /// Whether an interface has a way out of its own, in any version.
+    pub fn has_routing(&self) -> bool {
+        self.versions().flat_map(|version| &version.interfaces).any(|interface| interface.routing.is_some())
     }
 
     /// Whether the agent has to follow it.
@@ -153,6 +158,9 @@ pub struct Interface {
     pub endpoints: Vec<OwnedEndpoint>,
     /// Its interface flags (multipath-tcp.org).
     pub link: Option<OwnedLink>,
+    /// Its way out, where it got one of its own.
+    #[serde(default)]
+    pub routing: Option<OwnedRouting>,
     /// When the agent undid somebody else's change, in seconds since 1970. It does so once.
     #[serde(default)]
     pub corrected: Option<u64>,
@@ -196,6 +204,17 @@ pub struct OwnedLink {
     pub bits: u32,
     /// What they were.
     pub original: u32,
+}
+
+/// A table that has the way out by one interface, and the rules that lead there. All of it is ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedRouting {
+    /// The table's number.
+    pub table: u32,
+    /// Its routes.
+    pub routes: Vec<TableRoute>,
+    /// The rules.
+    pub rules: Vec<Rule>,
 }
 
 /// The limits, before and now.

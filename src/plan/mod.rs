@@ -3,6 +3,7 @@
 
 mod following;
 mod mptcp_org;
+mod routes;
 pub mod scope;
 mod settings;
 #[cfg(test)]
@@ -164,6 +165,7 @@ impl Plan {
             Kind::MptcpOrg => mptcp_org::plan(&mut draft)?,
             Kind::None => bail!("this kernel ({}) has no MPTCP", input.facts.release),
         }
+        routes::give_back_others(&mut draft);
         following::finish(&mut draft);
         Ok(draft.plan)
     }
@@ -385,6 +387,7 @@ impl Wanted<'_> {
             route: RouteState::Unknown,
             endpoints: Vec::new(),
             link: None,
+            routing: None,
             corrected: None,
             last: None,
         }

@@ -1,8 +1,10 @@
 //! Interface flags of multipath-tcp.org kernels.
 
+use std::net::IpAddr;
+
 use anyhow::{Result, bail};
 
-use super::{Draft, following, undo};
+use super::{Draft, following, routes, undo};
 use crate::error::usage;
 use crate::kernel::{Change, ENDPOINTS_MAX};
 use crate::ledger::record::{OwnedLink, Record, State};
@@ -38,6 +40,7 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
     if enabled.as_deref().and_then(setting::integer) == Some(0) {
         bail!("net.mptcp.mptcp_enabled is 0 on this host: interface flags would do nothing; enable MPTCP first");
     }
+    let asked = routes::asked(draft);
     let mut any_backup = false;
     for one in wanted {
         let Some((bits, mask)) = one.flags.link_bits() else {
@@ -65,6 +68,14 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
         let mask = mask | known.map_or(0, |owned| owned.mask);
         let now = link.flags & mask;
         let original = known.map_or(now, |owned| owned.original);
+        let addresses: Vec<IpAddr> = match one.flags.is_off() {
+            true => Vec::new(),
+            false => {
+                let usable = input.facts.addresses.iter().filter(|a| a.ifindex == index && a.is_usable());
+                usable.map(|address| address.ip).collect()
+            }
+        };
+        let ways = routes::plan(draft, &link.name, index, &addresses, asked);
         let mut entry = one.entry(State::Applied, None);
         // busybox's ifconfig clears both bits with whatever else it sets.
         let is_cleared = now == 0;
@@ -81,6 +92,7 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
                 link.name
             ));
         }
+        ways.enter(&mut entry);
         entry.link = Some(OwnedLink { index, mask, bits, original });
         draft.plan.interfaces.push(entry);
     }

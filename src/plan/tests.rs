@@ -18,7 +18,7 @@ const AUTHOR: Rank = Rank::Annotation;
 type Asked = Result<What, String>;
 
 fn interface(name: &str, flags: &str) -> Asked {
-    request::interface(name, flags)
+    request::interface(name, flags).map(|mut wishes| wishes.remove(0))
 }
 
 fn sysctl(key: &str, value: &str) -> Asked {
@@ -130,7 +130,15 @@ impl Scene {
 
     fn plan(&self) -> Result<Plan> {
         let keys: Vec<SettingKey> = self.request.settings().into_keys().cloned().collect();
-        let facts = self.host.kernel(NS).facts(&keys)?;
+        let mut facts = self.host.kernel(NS).facts(&keys)?;
+        if self.request.asked_routes().is_some() {
+            let mut kernel = self.host.kernel(NS);
+            facts.routing = Some(kernel.routing()?);
+            for address in &facts.addresses {
+                let way_out = kernel.route(address.ip, address.ifindex)?;
+                facts.routes.insert((address.ip, address.ifindex), way_out);
+            }
+        }
         Plan::make(&Input {
             request: &self.request,
             policy: &self.policy,
@@ -1294,4 +1302,90 @@ fn the_agent_waits_for_a_new_addresss_link() {
     assert!(entry(&plan, "eth2").reason.as_ref().unwrap().contains("way out"));
     scene.carriers();
     assert_eq!(endpoint_flags(&scene.plan().unwrap()), [("10.0.3.2".into(), 6)]);
+}
+
+// routes=auto.
+
+fn two_uplinks(author: Rank) -> Scene {
+    let scene =
+        Scene::upstream().ask(author, interface("eth1", "backup")).ask(author, Ok(What::Routes(request::Routes::Auto)));
+    scene.host.netns(NS, |netns| {
+        netns.no_route.insert(3);
+    });
+    scene
+}
+
+#[test]
+fn an_interface_gets_a_way_out_by_the_gateway_that_is_known() {
+    let plan = two_uplinks(ADMIN).plan().unwrap();
+    let pending = entry(&plan, "eth1");
+    assert_eq!((pending.state, pending.routing.as_ref()), (State::Pending, None));
+    assert!(pending.reason.as_ref().unwrap().contains("gateway="), "{pending:?}");
+
+    let asked = two_uplinks(ADMIN).ask(ADMIN, Ok(What::Gateway("eth*".parse().unwrap(), address("10.0.2.1"))));
+    let done = changes(&asked.plan().unwrap()).join("\n");
+    let order = [
+        "add the route 10.0.2.0/24",
+        "add the route default via 10.0.2.1",
+        "IPv4 rule from 10.0.2.2",
+        "oif eth1",
+        "add endpoint",
+    ];
+    let positions: Vec<usize> =
+        order.iter().map(|word| done.find(word).unwrap_or_else(|| panic!("{word}: {done}"))).collect();
+    assert!(positions.is_sorted(), "{done}");
+    let asked = asked.applied();
+    assert!(asked.plan().unwrap().steps.is_empty(), "{:?}", changes(&asked.plan().unwrap()));
+
+    let scene = two_uplinks(ADMIN);
+    let route = |table, protocol| crate::kernel::TableRoute {
+        table,
+        destination: address("0.0.0.0"),
+        prefix: 0,
+        gateway: Some(address("10.0.2.9")),
+        ifindex: 3,
+        protocol,
+    };
+    scene.host.netns(NS, |netns| netns.routing.routes.push(route(7800, 4)));
+    let plan = scene.plan().unwrap();
+    let owned = entry(&plan, "eth1").routing.clone().unwrap();
+    assert_eq!(owned.table, 7801, "somebody else's table is not taken");
+    assert!(owned.routes.iter().any(|route| route.gateway == Some(address("10.0.2.9"))));
+}
+
+#[test]
+fn an_interface_that_has_a_way_out_gets_none() {
+    let scene =
+        Scene::upstream().ask(ADMIN, interface("eth1", "backup")).ask(ADMIN, Ok(What::Routes(request::Routes::Auto)));
+    let plan = scene.plan().unwrap();
+    assert!(entry(&plan, "eth1").routing.is_none() && entry(&plan, "eth1").state == State::Applied);
+}
+
+#[test]
+fn annotations_need_the_policys_word_for_routes() {
+    let plan = two_uplinks(AUTHOR).plan().unwrap();
+    assert!(plan.refusal().unwrap().contains("[annotations] routes = true"));
+    let scene = two_uplinks(AUTHOR).policy("[annotations]\nroutes = true\n");
+    assert!(scene.plan().unwrap().refusal().is_none());
+}
+
+#[test]
+fn what_routes_brought_goes_with_the_wish() {
+    let scene =
+        two_uplinks(ADMIN).ask(ADMIN, Ok(What::Gateway("eth1".parse().unwrap(), address("10.0.2.1")))).applied();
+    let record = scene.previous.clone().unwrap();
+    let mut facts = scene.host.kernel(NS).facts(&[]).unwrap();
+    facts.routing = Some(scene.host.kernel(NS).routing().unwrap());
+    let undone = undo::in_namespace(&record, &[], &facts, 1, &mut Vec::new());
+    let words: Vec<String> = undone.iter().map(ToString::to_string).collect();
+    assert_eq!(words.iter().filter(|word| word.contains("rule")).count(), 2, "{words:?}");
+    assert_eq!(words.iter().filter(|word| word.contains("delete the route")).count(), 2, "{words:?}");
+    // A sibling that relies on the same table keeps it.
+    let kept = undo::in_namespace(&record, std::slice::from_ref(&record), &facts, 1, &mut Vec::new());
+    assert!(!kept.iter().any(|change| matches!(change, Change::DeleteRule(_) | Change::DeleteRoute(_))));
+    // Off again, by hand: rules first.
+    let off = scene.ask(Rank::CommandLine, Ok(What::Routes(request::Routes::Off)));
+    let plan = off.plan().unwrap();
+    assert!(matches!(plan.steps[0].change, Change::DeleteRule(_)), "{:?}", changes(&plan));
+    assert_eq!(plan.steps.iter().filter(|step| matches!(step.change, Change::DeleteRoute(_))).count(), 2);
 }

@@ -3,7 +3,7 @@
 use crate::instance::Instance;
 use crate::kernel::{Change, Endpoint, Facts};
 use crate::ledger::record::{
-    Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedSetting, Record, Scope,
+    Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedRouting, OwnedSetting, Record, Scope,
 };
 use crate::request::flags::EndpointFlags;
 use crate::request::setting::{SettingKey, same};
@@ -25,6 +25,7 @@ pub fn in_namespace(
             endpoint(record, owned, siblings, facts, &mut changes);
         }
     }
+    changes.extend(routing(record, siblings, facts));
     for interface in record.interfaces.iter().rev() {
         let Some(owned) = &interface.link else { continue };
         changes.extend(link(record, &interface.name, owned, siblings, facts));
@@ -78,6 +79,25 @@ fn endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], facts: 
         }
         None => changes.push(Change::DeleteEndpoint(now.clone())),
     }
+}
+
+/// What takes our rules away, and then the tables to which they led, unless a sibling uses them.
+fn routing(record: &Record, siblings: &[Record], facts: &Facts) -> Vec<Change> {
+    let of = |record: &Record| -> Vec<OwnedRouting> {
+        record.interfaces.iter().filter_map(|interface| interface.routing.clone()).collect()
+    };
+    let theirs: Vec<OwnedRouting> = siblings.iter().flat_map(of).collect();
+    let Some(now) = &facts.routing else { return Vec::new() };
+    let ours: Vec<OwnedRouting> = record.versions().flat_map(of).collect();
+    let is_ours = |table: u32| !theirs.iter().any(|routing| routing.table == table);
+    let ours: Vec<&OwnedRouting> = ours.iter().filter(|owned| is_ours(owned.table)).collect();
+    // Of several versions, each thing once.
+    let rules = now.rules.iter().filter(|rule| ours.iter().any(|owned| owned.rules.contains(rule)));
+    let routes = now.routes.iter().filter(|route| ours.iter().any(|owned| owned.routes.contains(route)));
+    // The way to everywhere before what is on the link, which it stands on.
+    let (everywhere, near): (Vec<_>, Vec<_>) = routes.partition(|route| route.is_default());
+    let routes = everywhere.into_iter().chain(near).cloned();
+    rules.cloned().map(Change::DeleteRule).chain(routes.map(Change::DeleteRoute)).collect()
 }
 
 /// What puts an interface's flags back, if they are still ours.

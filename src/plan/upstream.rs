@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 
-use super::{Clash, Draft, Wanted, following};
+use super::{Clash, Draft, Wanted, following, routes};
 use crate::error::usage;
 use crate::kernel::{Address, Change, ENDPOINTS_MAX, Endpoint};
 use crate::ledger::record::{Interface, LimitPair, OwnedEndpoint, OwnedLimits, Record, State};
@@ -48,8 +48,15 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     let chosen: Vec<(EndpointFlags, usize)> =
         places.iter().map(|place| (place.flags, place.candidates.iter().filter(|c| c.chosen).count())).collect();
     limits(draft, &chosen)?;
+    let asked = routes::asked(draft);
+    let mut ways = Vec::new();
     for place in &places {
-        let entry = endpoints(draft, place)?;
+        let chosen: Vec<IpAddr> = place.candidates.iter().filter(|c| c.chosen).map(|c| c.address).collect();
+        ways.push(place.index.map(|index| routes::plan(draft, &place.wanted.name, index, &chosen, asked)));
+    }
+    for (place, ways) in places.iter().zip(ways) {
+        let mut entry = endpoints(draft, place)?;
+        ways.unwrap_or_default().enter(&mut entry);
         draft.plan.interfaces.push(entry);
     }
     for one in &kept {

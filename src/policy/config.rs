@@ -8,7 +8,7 @@ use super::trusted;
 use crate::error::usage;
 use crate::request::pattern::{Pattern, glob};
 use crate::request::setting::{self, SettingKey};
-use crate::request::{Follow, OnConflict, Rank, Source, What, Wish, unknown};
+use crate::request::{Follow, OnConflict, Rank, Routes, Source, What, Wish, unknown};
 
 /// The longest time, in seconds, that a container's start may be held up.
 const DEADLINE_MAX: f64 = 60.0;
@@ -55,6 +55,8 @@ pub struct AnnotationPolicy {
     pub sysctls: Vec<Allowed>,
     /// Module parameters that they may set, with their values.
     pub modules: Vec<Allowed>,
+    /// Whether they may ask for routes, and name gateways.
+    pub routes: bool,
     /// Whether `on-conflict = override` of an annotation is obeyed.
     pub overrides: bool,
 }
@@ -101,6 +103,7 @@ impl Default for AnnotationPolicy {
             mptcp_sysctls: true,
             sysctls: Vec::new(),
             modules: Vec::new(),
+            routes: false,
             overrides: false,
         }
     }
@@ -145,16 +148,20 @@ pub(crate) fn parse(path: &Path, text: &str) -> anyhow::Result<Policy> {
             "annotations" => policy.annotations = annotations(&mut document, &entry),
             "defaults" => {
                 for inner in document.entries(&entry) {
-                    if inner.key == "follow" {
+                    let option = match inner.key.as_str() {
+                        "follow" => Some(document.parsed(&inner, Follow::WORDS, |text| text.parse().map(What::Follow))),
+                        "routes" => Some(document.parsed(&inner, Routes::WORDS, |text| text.parse().map(What::Routes))),
+                        _ => None,
+                    };
+                    if let Some(what) = option {
                         let source = Source::new(Rank::PolicyDefault, document.place(inner.at));
-                        let follow = document.parsed(&inner, Follow::WORDS, |text| text.parse().map(What::Follow));
-                        policy.defaults.extend(follow.map(|what| Wish::new(what, source)));
+                        policy.defaults.extend(what.map(|what| Wish::new(what, source)));
                         continue;
                     }
                     match document.wishes(&inner, Rank::PolicyDefault) {
                         Some(wishes) => policy.defaults.extend(wishes),
                         None => {
-                            let known = ["interfaces", "limits", "sysctls", "modules", "follow"];
+                            let known = ["interfaces", "limits", "sysctls", "modules", "routes", "follow"];
                             document.mistake(inner.at, format!("[defaults]: {}", unknown("key", &inner.key, known)));
                         }
                     }
@@ -197,11 +204,12 @@ fn annotations(document: &mut Document, table: &Entry<'_>) -> AnnotationPolicy {
             }
             "limits" => policy.limits = document.boolean(&entry).unwrap_or_default(),
             "mptcp-sysctls" => policy.mptcp_sysctls = document.boolean(&entry).unwrap_or_default(),
+            "routes" => policy.routes = document.boolean(&entry).unwrap_or_default(),
             "override" => policy.overrides = document.boolean(&entry).unwrap_or_default(),
             "sysctls" => policy.sysctls = allowed(document, &entry, KeyGlob::sysctl),
             "modules" => policy.modules = allowed(document, &entry, KeyGlob::module),
             other => {
-                let known = ["interfaces", "limits", "mptcp-sysctls", "override", "sysctls", "modules"];
+                let known = ["interfaces", "limits", "mptcp-sysctls", "routes", "override", "sysctls", "modules"];
                 document.mistake(entry.at, format!("[annotations]: {}", unknown("key", other, known)));
             }
         }

@@ -19,7 +19,7 @@ use std::path::Path;
 use super::toml_walk::{Document, Entry, entries};
 use super::trusted;
 use crate::request::pattern::glob;
-use crate::request::{self, Follow, Rank, Source, What, Wish, unknown};
+use crate::request::{self, Follow, Rank, Routes, Source, What, Wish, unknown};
 
 /// The longest name, in bytes, that is looked for; a file name's limit is 255.
 const NAME_MAX: usize = 200;
@@ -152,6 +152,7 @@ fn option(document: &mut Document, entry: &Entry<'_>) -> Option<Option<What>> {
         "on-conflict" => {
             Some(document.parsed(entry, "refuse, warn or override", |text| text.parse().map(What::OnConflict)))
         }
+        "routes" => Some(document.parsed(entry, Routes::WORDS, |text| text.parse().map(What::Routes))),
         "follow" => Some(document.parsed(entry, Follow::WORDS, |text| text.parse().map(What::Follow))),
         _ => None,
     }
@@ -227,6 +228,7 @@ mod tests {
             [
                 "web.toml:1 warn",
                 "web.toml:2 shop",
+                "web.toml:3 off",
                 "web.toml:5 never",
                 "web.toml:7 subflow,backup",
                 "web.toml:9 3",
@@ -241,7 +243,7 @@ mod tests {
         for (text, expected) in [
             ("\n[interface]\neth1 = \"backup\"", "web.toml:2: unknown key \"interface\"; did you mean interfaces?"),
             ("on_conflict = \"warn\"", "web.toml:1: unknown key \"on_conflict\"; did you mean on-conflict?"),
-            ("\nroutes = \"auto\"", "web.toml:2: routes=auto is not in this version yet; it knows only routes=off"),
+            ("\nroutes = true", "web.toml:2: routes is true or false; write auto or off"),
             ("mptcp = \"forced\"", "web.toml:1: mptcp=\"forced\" is not one of default, off, force"),
             ("follow = true", "web.toml:1: follow is true or false; write auto, always or never"),
             ("name = \"a/b\"", "web.toml:1: name \"a/b\" is empty, too long, or has a / or control character"),

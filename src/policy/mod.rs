@@ -34,6 +34,17 @@ impl Policy {
         Err(format!("annotations may not ask for limits: [annotations] limits = false in {}", self.place()))
     }
 
+    /// Whether routes may be asked for by `source`.
+    pub fn allows_routes(&self, source: &Source) -> Result<(), String> {
+        if source.rank.is_administrator() || self.annotations.routes {
+            return Ok(());
+        }
+        Err(format!(
+            "annotations may not ask for routes: [annotations] routes = true in {} would allow it",
+            self.place()
+        ))
+    }
+
     /// Whether `key` may become `value` for `source`.
     pub fn allows_setting(&self, source: &Source, key: &SettingKey, value: &str, scope: Scope) -> Result<(), String> {
         if source.rank.is_administrator() || self.lists(key, value) {

@@ -173,12 +173,12 @@ impl Document {
     /// The wishes of the tables `interfaces`, `limits`, `sysctls` and `modules`, which mean the same in every file.
     /// None if the entry is none of them.
     pub fn wishes(&mut self, entry: &Entry<'_>, rank: Rank) -> Option<Vec<Wish>> {
-        type Reader = fn(&str, &str) -> Result<What, String>;
+        type Reader = fn(&str, &str) -> Result<Vec<What>, String>;
         let (entries, read): (Vec<Entry<'_>>, Reader) = match entry.key.as_str() {
             "interfaces" => (self.entries(entry), request::interface),
-            "limits" => (self.entries(entry), request::limit),
-            "sysctls" => (self.dotted_entries(entry), request::sysctl),
-            "modules" => (self.dotted_entries(entry), request::module),
+            "limits" => (self.entries(entry), |name, value| Ok(vec![request::limit(name, value)?])),
+            "sysctls" => (self.dotted_entries(entry), |key, value| Ok(vec![request::sysctl(key, value)?])),
+            "modules" => (self.dotted_entries(entry), |key, value| Ok(vec![request::module(key, value)?])),
             _ => return None,
         };
         let mut wishes = Vec::new();
@@ -193,7 +193,10 @@ impl Document {
             }
             let Some(value) = self.scalar(&inner) else { continue };
             match read(&inner.key, &value) {
-                Ok(what) => wishes.push(Wish::new(what, Source::new(rank, self.place(inner.at)))),
+                Ok(asked) => {
+                    let source = Source::new(rank, self.place(inner.at));
+                    wishes.extend(asked.into_iter().map(|what| Wish::new(what, source.clone())));
+                }
                 Err(e) => self.mistake(inner.at, e),
             }
         }

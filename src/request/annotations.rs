@@ -46,7 +46,7 @@ pub fn wishes<'a>(annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> 
 fn annotation(name: &str, value: &str) -> Result<Vec<What>, String> {
     let one = |what: Result<What, String>| what.map(|what| vec![what]);
     if let Some(interface) = name.strip_prefix("interface.") {
-        return one(super::interface(interface, value));
+        return super::interface(interface, value);
     }
     if let Some(limit) = name.strip_prefix("limit.") {
         return one(super::limit(limit, value));
@@ -62,9 +62,10 @@ fn annotation(name: &str, value: &str) -> Result<Vec<What>, String> {
     }
     match name {
         "interfaces" => list(value, "NAME=FLAGS", super::interface),
-        "sysctls" => list(value, "KEY=VALUE", super::sysctl),
+        "sysctls" => list(value, "KEY=VALUE", |key, value| super::sysctl(key, value).map(|what| vec![what])),
         "on-conflict" => one(value.parse().map(What::OnConflict)),
         "follow" => one(value.parse().map(What::Follow)),
+        "routes" => one(value.parse().map(What::Routes)),
         "name" => one(super::name(value)),
         _ => {
             // `interface.` stands for all its names: compare the word before the first dot, too.
@@ -81,15 +82,15 @@ fn annotation(name: &str, value: &str) -> Result<Vec<What>, String> {
 }
 
 /// `a=b; c=d`, each read by `item`. A semicolon at the end is no wish.
-fn list(value: &str, form: &str, item: fn(&str, &str) -> Result<What, String>) -> Result<Vec<What>, String> {
-    value
-        .split(';')
-        .filter(|part| !part.trim().is_empty())
-        .map(|part| match part.split_once('=') {
-            Some((key, value)) => item(key.trim(), value.trim()),
-            None => Err(format!("\"{}\" is not {form}", shown(part.trim()))),
-        })
-        .collect()
+fn list(value: &str, form: &str, item: fn(&str, &str) -> Result<Vec<What>, String>) -> Result<Vec<What>, String> {
+    let mut wishes = Vec::new();
+    for part in value.split(';').filter(|part| !part.trim().is_empty()) {
+        match part.split_once('=') {
+            Some((key, value)) => wishes.extend(item(key.trim(), value.trim())?),
+            None => return Err(format!("\"{}\" is not {form}", shown(part.trim()))),
+        }
+    }
+    Ok(wishes)
 }
 
 #[cfg(test)]
@@ -126,6 +127,7 @@ mod tests {
                 "module:mptcp_fullmesh.num_subflows=2",
                 "name=web",
                 "on-conflict=warn",
+                "routes=off",
                 "net.mptcp.scheduler=default",
                 "net.mptcp.enabled=1",
                 "net.mptcp.stale_loss_cnt=4",
@@ -147,10 +149,10 @@ mod tests {
 
     #[test]
     fn values_that_are_not_built_say_so() {
-        assert!(read(&[("mptcp-hook/routes", "auto")]).unwrap_err().contains("not in this version yet"));
+        assert!(read(&[("mptcp-hook/routes", "on")]).unwrap_err().contains("is not auto or off"));
         assert!(read(&[("mptcp-hook/mptcp", "force")]).unwrap_err().contains("not in this version yet"));
         assert!(read(&[("mptcp-hook/follow", "sometimes")]).unwrap_err().contains("is not auto, always or never"));
-        assert!(read(&[("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.1")]).unwrap_err().contains("gateway"));
+        assert!(read(&[("mptcp-hook/interface.eth1", "backup,gateway=x")]).unwrap_err().contains("gateway"));
     }
 
     #[test]

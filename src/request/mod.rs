@@ -7,6 +7,7 @@ pub mod setting;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -160,6 +161,43 @@ impl std::str::FromStr for Follow {
     }
 }
 
+/// Whether interfaces get a way out of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Routes {
+    /// Where packets from an interface's address would not leave by it.
+    Auto,
+    /// No.
+    #[default]
+    Off,
+}
+
+impl Routes {
+    /// The words, for messages.
+    pub const WORDS: &'static str = "auto or off";
+}
+
+impl fmt::Display for Routes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+        })
+    }
+}
+
+impl std::str::FromStr for Routes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            _ => Err(format!("\"{}\" is not {}", shown(text), Self::WORDS)),
+        }
+    }
+}
+
 /// One thing asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -172,6 +210,10 @@ pub enum What {
     Setting(SettingKey, String),
     /// What to do on a conflict.
     OnConflict(OnConflict),
+    /// The next hop of the interfaces of that name or glob.
+    Gateway(Pattern, IpAddr),
+    /// Whether interfaces get a way out of their own.
+    Routes(Routes),
     /// Whether the agent follows it.
     Follow(Follow),
     /// The name to show.
@@ -186,6 +228,10 @@ impl What {
             Self::Limit(limit, _) => format!("limit {limit}"),
             Self::Setting(key, _) => key.to_string(),
             Self::OnConflict(_) => "on-conflict".into(),
+            Self::Gateway(pattern, gateway) => {
+                format!("{} gateway of {pattern}", if gateway.is_ipv4() { "IPv4" } else { "IPv6" })
+            }
+            Self::Routes(_) => "routes".into(),
             Self::Follow(_) => "follow".into(),
             Self::Name(_) => "name".into(),
         }
@@ -198,6 +244,8 @@ impl What {
             Self::Limit(_, n) => n.to_string(),
             Self::Setting(key, value) => setting::describe(key, value),
             Self::OnConflict(what) => what.to_string(),
+            Self::Gateway(_, gateway) => gateway.to_string(),
+            Self::Routes(routes) => routes.to_string(),
             Self::Follow(follow) => follow.to_string(),
             Self::Name(name) => name.clone(),
         }
@@ -288,7 +336,7 @@ impl Request {
     /// Whether nothing is asked that would need anything done: how to go about it changes nothing by itself, and what
     /// the runtime writes is not ours.
     pub fn is_empty(&self) -> bool {
-        let does_something = |what: &What| !matches!(what, What::OnConflict(_) | What::Follow(_) | What::Name(_));
+        let does_something = |what: &What| matches!(what, What::Interface(..) | What::Limit(..) | What::Setting(..));
         !self.wishes.iter().any(|wish| wish.source.rank != Rank::Runtime && does_something(&wish.what))
     }
 
@@ -337,6 +385,25 @@ impl Request {
             }
         }
         patterns
+    }
+
+    /// The next hop of an interface: the weightiest source; in it an exact name before a glob.
+    pub fn gateway(&self, name: &str, is_v4: bool) -> Option<IpAddr> {
+        let asked = self.wishes.iter().filter_map(|wish| match &wish.what {
+            What::Gateway(pattern, gateway) if pattern.matches(name) && gateway.is_ipv4() == is_v4 => {
+                Some(((wish.source.rank, pattern.is_exact()), *gateway))
+            }
+            _ => None,
+        });
+        asked.max_by_key(|(weight, _)| *weight).map(|(_, gateway)| gateway)
+    }
+
+    /// The wish for ways out, if there is one.
+    pub fn asked_routes(&self) -> Option<(&Wish, Routes)> {
+        self.weightiest(|what| match what {
+            What::Routes(routes) => Some(*routes),
+            _ => None,
+        })
     }
 
     /// The weightiest wish for a limit.
@@ -431,16 +498,31 @@ pub fn limit(name: &str, value: &str) -> Result<What, String> {
     }
 }
 
-/// Reads one interface wish: `NAME` and `FLAG[,FLAG...][,gateway=ADDRESS]`.
-pub fn interface(name: &str, flags: &str) -> Result<What, String> {
+/// Reads the wishes for an interface: `NAME` and `FLAG[,FLAG...][,gateway=ADDRESS]`, with a gateway for each family.
+pub fn interface(name: &str, flags: &str) -> Result<Vec<What>, String> {
     let pattern: Pattern = name.trim().parse()?;
-    if flags.split(',').any(|word| word.trim_start().starts_with("gateway=")) {
-        return Err(format!(
-            "interface {pattern}: gateway= belongs to routes=auto, which this version does not have yet; set the route by hand"
-        ));
+    let mut words = Vec::new();
+    let mut gateways = Vec::new();
+    for word in flags.split(',') {
+        let Some(text) = word.trim().strip_prefix("gateway=") else {
+            words.push(word);
+            continue;
+        };
+        let gateway: IpAddr = text
+            .trim()
+            .parse()
+            .map_err(|_| format!("interface {pattern}: gateway=\"{}\" is not an IP address", shown(text)))?;
+        if gateway.is_unspecified() || gateway.is_multicast() || gateway.is_loopback() {
+            return Err(format!("interface {pattern}: gateway={gateway} cannot be a next hop"));
+        }
+        if gateways.iter().any(|known: &IpAddr| known.is_ipv4() == gateway.is_ipv4()) {
+            return Err(format!("interface {pattern} has two gateways of one family"));
+        }
+        gateways.push(gateway);
     }
-    let flags = flags.parse().map_err(|e| format!("interface {pattern}: {e}"))?;
-    Ok(What::Interface(pattern, flags))
+    let flags = words.join(",").parse().map_err(|e| format!("interface {pattern}: {e}"))?;
+    let gateways = gateways.into_iter().map(|gateway| What::Gateway(pattern.clone(), gateway));
+    Ok([What::Interface(pattern.clone(), flags)].into_iter().chain(gateways).collect())
 }
 
 /// Reads one sysctl wish.
@@ -472,10 +554,8 @@ pub struct PartlyBuilt {
     known: &'static [&'static str],
 }
 
-const PARTLY_BUILT: [PartlyBuilt; 2] = [
-    PartlyBuilt { name: "routes", built: "off", known: &["auto", "off"] },
-    PartlyBuilt { name: "mptcp", built: "default", known: &["default", "off", "force"] },
-];
+const PARTLY_BUILT: [PartlyBuilt; 1] =
+    [PartlyBuilt { name: "mptcp", built: "default", known: &["default", "off", "force"] }];
 
 /// The partly built option of that name, if there is one.
 pub fn partly_built(name: &str) -> Option<&'static PartlyBuilt> {
@@ -560,6 +640,34 @@ mod tests {
 
     fn wish(what: Result<What, String>, rank: Rank) -> Wish {
         Wish::new(what.unwrap(), Source::new(rank, format!("{rank:?}")))
+    }
+
+    fn interface(name: &str, flags: &str) -> Result<What, String> {
+        super::interface(name, flags).map(|mut wishes| wishes.remove(0))
+    }
+
+    #[test]
+    fn gateways_are_wishes_of_their_own() {
+        let read = |flags: &str| super::interface("eth1", flags);
+        let wishes = read("backup, gateway=10.0.2.1,gateway=fd00:2::1").unwrap();
+        let said: Vec<String> = wishes.iter().map(|what| format!("{}={}", what.subject(), what.value())).collect();
+        assert_eq!(
+            said,
+            ["interface eth1=subflow,backup", "IPv4 gateway of eth1=10.0.2.1", "IPv6 gateway of eth1=fd00:2::1"]
+        );
+        for bad in ["backup,gateway=", "backup,gateway=x", "backup,gateway=0.0.0.0", "backup,gateway=224.0.0.1"] {
+            assert!(read(bad).unwrap_err().contains("gateway="), "{bad}");
+        }
+        assert!(read("backup,gateway=10.0.2.1,gateway=10.0.2.2").unwrap_err().contains("two gateways"));
+        assert!(read("gateway=10.0.2.1").unwrap_err().contains("empty flag"));
+        let asked = request(vec![
+            wish(Ok(What::Gateway("eth*".parse().unwrap(), "10.0.0.1".parse().unwrap())), Rank::HookArgument),
+            wish(Ok(What::Gateway("eth1".parse().unwrap(), "10.0.2.1".parse().unwrap())), Rank::HookArgument),
+            wish(Ok(What::Gateway("eth2".parse().unwrap(), "10.0.3.1".parse().unwrap())), Rank::Annotation),
+        ]);
+        let gateway = |name| asked.gateway(name, true).map(|gateway| gateway.to_string());
+        assert_eq!((gateway("eth1").as_deref(), gateway("eth2").as_deref()), (Some("10.0.2.1"), Some("10.0.0.1")));
+        assert_eq!(asked.gateway("eth1", false), None);
     }
 
     fn request(wishes: Vec<Wish>) -> Request {

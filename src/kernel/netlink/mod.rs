@@ -6,6 +6,7 @@
 pub mod events;
 pub mod mptcp_pm;
 pub mod route;
+pub mod routing;
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -91,7 +92,12 @@ impl Connection {
 
     /// Sends a request that is answered by an acknowledgement alone.
     pub fn command(&mut self, kind: u16, body: &Body) -> Result<()> {
-        self.request(kind, body, |_| Ok(None::<()>)).map(drop)
+        self.command_with(kind, 0, body)
+    }
+
+    /// The same with more flags (`NLM_F_CREATE`, ...).
+    pub fn command_with(&mut self, kind: u16, flags: u16, body: &Body) -> Result<()> {
+        self.exchange(kind, NLM_F_ACK | flags, body, |_| Ok(None::<()>)).map(drop)
     }
 
     /// Sends a request and returns what `parse` made of each message that came before the acknowledgement.

@@ -174,6 +174,11 @@ impl Route {
         Ok(Self { connection })
     }
 
+    /// The socket, for the tables and rules.
+    pub(super) fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
     /// All interfaces.
     pub fn links(&mut self) -> Result<Vec<Link>> {
         let body = Body::new(&[0; 16]).attribute(libc::IFLA_EXT_MASK, &RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
