@@ -1,6 +1,7 @@
 //! The command line: one table of flags, from which the parser and the help texts come.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -48,6 +49,15 @@ pub enum Action {
     Repair,
     /// Follow containers.
     Agent,
+    /// Look for what is wrong.
+    Doctor {
+        /// With which container; none for the host.
+        target: Option<Target>,
+        /// A peer to connect to from inside.
+        probe: Option<SocketAddr>,
+        /// As JSON.
+        json: bool,
+    },
     /// Show the ledger.
     Status {
         /// Only this container.
@@ -85,6 +95,8 @@ pub enum Verb {
     Repair,
     /// Keeps containers as they were asked for.
     Agent,
+    /// What is wrong.
+    Doctor,
 }
 
 struct VerbHelp {
@@ -95,7 +107,7 @@ struct VerbHelp {
     example: &'static str,
 }
 
-const VERBS: [VerbHelp; 7] = [
+const VERBS: [VerbHelp; 8] = [
     VerbHelp {
         verb: Verb::Oci,
         name: "oci",
@@ -159,10 +171,20 @@ const VERBS: [VerbHelp; 7] = [
                unit does. It ends by itself a minute after the last container that needs it.",
         example: "Example, to see what it does:\n  mptcp-hook agent",
     },
+    VerbHelp {
+        verb: Verb::Doctor,
+        name: "doctor",
+        usage: "mptcp-hook doctor [TARGET] [--json] [--probe HOST:PORT]",
+        what: "Looks for what keeps MPTCP from working as asked, on the host or in one container: addresses, flags, limits,\n\
+               routes, gateways, filters, settings, and what has become of live connections' subflows. Each finding comes\n\
+               with what was read and what mends it. Exit 0 if there is no problem, else 1. Takes no lock, changes nothing.",
+        example: "Example, with a real connection from inside the container \"web\":\n  \
+                  mptcp-hook doctor web --probe 192.0.2.10:80",
+    },
 ];
 
 /// The words of the contract that this version does not have.
-const NOT_BUILT: [&str; 3] = ["doctor", "capture", "install"];
+const NOT_BUILT: [&str; 2] = ["capture", "install"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Id {
@@ -182,6 +204,7 @@ enum Id {
     Json,
     Stale,
     Watch,
+    Probe,
     Config,
     StateDir,
     Help,
@@ -199,8 +222,9 @@ struct Flag {
 }
 
 const REQUEST: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply];
-const TARGET: &[Verb] = &[Verb::Apply, Verb::Release];
-const ALL: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair, Verb::Agent];
+const TARGET: &[Verb] = &[Verb::Apply, Verb::Release, Verb::Doctor];
+const ALL: &[Verb] =
+    &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair, Verb::Agent, Verb::Doctor];
 
 const fn flag(
     id: Id,
@@ -267,9 +291,16 @@ const FLAGS: &[Flag] = &[
         "TARGET: the namespace bound to this path, such as /run/netns/NAME.",
     ),
     flag(Id::DryRun, "dry-run", None, &[Verb::Apply], "Say what would be done and why, and do nothing."),
-    flag(Id::Json, "json", None, &[Verb::Apply, Verb::Status], "Print JSON."),
+    flag(Id::Json, "json", None, &[Verb::Apply, Verb::Status, Verb::Doctor], "Print JSON."),
     flag(Id::Stale, "stale", None, &[Verb::Release], "All containers that are dead."),
     flag(Id::Watch, "watch", None, &[Verb::Status], "Update in place, once a second."),
+    flag(
+        Id::Probe,
+        "probe",
+        Some("HOST:PORT"),
+        &[Verb::Doctor],
+        "Open an MPTCP connection from inside the container to this address, such as\n192.0.2.10:80 or [2001:db8::10]:80, and see which paths come up. It sends one line break.",
+    ),
     flag(Id::Config, "config", Some("FILE"), ALL, "The policy file (/etc/mptcp-hook/config.toml)."),
     flag(Id::StateDir, "state-dir", Some("DIR"), ALL, "The ledger's directory (/run/mptcp-hook)."),
     flag(Id::Help, "help", None, ALL, "Print this help."),
@@ -376,6 +407,7 @@ struct Read {
     json: bool,
     stale: bool,
     watch: bool,
+    probe: Option<SocketAddr>,
 }
 
 impl Default for Read {
@@ -388,6 +420,7 @@ impl Default for Read {
             json: false,
             stale: false,
             watch: false,
+            probe: None,
         }
     }
 }
@@ -431,6 +464,16 @@ impl Read {
                 self.watch = true;
                 return Ok(());
             }
+            Id::Probe => {
+                let address = value.parse().map_err(|_| {
+                    usage(format!(
+                        "{}: it has the form ADDRESS:PORT, such as 192.0.2.10:80 or [2001:db8::10]:80; names are not looked up",
+                        said()
+                    ))
+                })?;
+                self.probe = Some(address);
+                return Ok(());
+            }
             Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
         };
         self.wish(&said(), wish.map(|what| vec![what]))
@@ -464,7 +507,7 @@ impl Read {
         }
         let mut words = words.into_iter();
         match verb {
-            Verb::Apply | Verb::Release => {
+            Verb::Apply | Verb::Release | Verb::Doctor => {
                 if let Some(word) = words.next() {
                     self.set_target(Target::Known(word))?;
                 }
@@ -493,6 +536,10 @@ impl Read {
             Verb::Status if self.json && self.watch => return Err(usage("choose one: --json or --watch")),
             Verb::Status => Action::Status { name, json: self.json, watch: self.watch },
             Verb::Agent => Action::Agent,
+            Verb::Doctor if self.probe.is_some() && self.target.is_none() => {
+                return Err(usage(format!("--probe opens a connection from inside a container: {}", no_target())));
+            }
+            Verb::Doctor => Action::Doctor { target: self.target, probe: self.probe, json: self.json },
             Verb::Repair => Action::Repair,
         })
     }
@@ -555,6 +602,9 @@ fn help(verb: Option<Verb>) -> String {
         text += &format!("  {form}\n      {}\n", flag.what.replace('\n', "\n      "));
     }
     text += "\nExit status: 0 done, warnings included; 1 failed, everything undone; 2 wrong usage; 3 refused by policy or conflict.\n";
+    if verb.is_none_or(|verb| verb == Verb::Doctor) {
+        text += "doctor exits with 1 when it finds a problem.\n";
+    }
     text
 }
 
@@ -608,6 +658,25 @@ mod tests {
         assert!(error("release --pid 0").contains("not a process id"));
         assert!(error("release web --stale").contains("alone"));
         assert!(matches!(read("release --stale").unwrap().1, Action::ReleaseStale));
+    }
+
+    #[test]
+    fn the_doctor_takes_a_target_or_the_host() {
+        let doctor = |line: &str| match read(line).unwrap().1 {
+            Action::Doctor { target, probe, json } => (target, probe, json),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(doctor("doctor"), (None, None, false));
+        assert_eq!(doctor("doctor --pid 12 --json"), (Some(Target::Pid(12)), None, true));
+        let (target, probe, _) = doctor("doctor web --probe [2001:db8::1]:80");
+        assert_eq!((target, probe), (Some(Target::Known("web".into())), Some("[2001:db8::1]:80".parse().unwrap())));
+        assert!(error("doctor --probe 10.0.0.1:80").contains("name the container"));
+        for wrong in ["10.0.0.1", "example.org:80", "10.0.0.1:99999", ":80"] {
+            assert!(error(&format!("doctor web --probe {wrong}")).contains("ADDRESS:PORT"), "{wrong}");
+        }
+        assert!(error("doctor web other").contains("unexpected argument"));
+        assert!(error("doctor web --pid 5").contains("one TARGET"));
+        assert!(error("status --probe 10.0.0.1:80").contains("does not belong"));
     }
 
     #[test]

@@ -10,6 +10,18 @@ pub struct Usage(pub String);
 #[derive(Debug)]
 pub struct Refused(pub String);
 
+/// What a verb looked for and found, and has said already. Exit 1.
+#[derive(Debug)]
+pub struct Found;
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("something is wrong")
+    }
+}
+
+impl std::error::Error for Found {}
+
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

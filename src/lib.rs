@@ -13,7 +13,7 @@
 //! | [`ledger`] | remember it |
 //! | [`report`] | say it |
 //!
-//! The verbs [`apply`], [`release`], [`status`] and [`repair`] take data through them, and the [`agent`] takes it there again
+//! The verbs [`apply`], [`release`], [`status`], [`doctor`] and [`repair`] take data through them, and the [`agent`] takes it there again
 //! when links and addresses change; [`instance`] tells one life of a container from another, [`context`] holds what a
 //! run needs to know about itself.
 
@@ -22,6 +22,7 @@ pub mod apply;
 pub mod cli;
 pub mod context;
 pub mod deadline;
+pub mod doctor;
 pub mod error;
 pub mod front;
 #[cfg(fuzzing)]
@@ -78,6 +79,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let mut run = Run::default();
     match run.verb(arguments, stdin, &variables, begun) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<error::Found>() => ExitCode::FAILURE,
         Err(error) => run.failed(&error),
     }
 }
@@ -163,6 +165,15 @@ impl Run {
             Action::ReleaseStale => self.release_stale(&Context::new(&globals)?),
             Action::Repair => self.repair(&Context::new(&globals)?),
             Action::Agent => self.agent(&globals),
+            Action::Doctor { target, probe, json } => {
+                let diagnosis = doctor::doctor(target.as_ref(), probe, &Context::new(&globals)?)?;
+                privileges::end()?;
+                report::print(&if json { report::json::doctor(&diagnosis)? } else { report::text::doctor(&diagnosis) });
+                match diagnosis.count(doctor::finding::Severity::Problem) {
+                    0 => Ok(()),
+                    _ => Err(error::Found.into()),
+                }
+            }
             Action::Status { name, watch: true, .. } => watch_status(&globals, name.as_deref()),
             Action::Status { name, json, .. } => {
                 let status = status::status(&Context::new(&globals)?, name.as_deref())?;

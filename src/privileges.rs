@@ -3,6 +3,7 @@
 //! | phase | effective, permitted | inheritable, ambient, bounding |
 //! |---|---|---|
 //! | from the start on: reading the call, the work | those of [`WORKING`] that the caller had | none |
+//! | the doctor's probe | CAP_NET_ADMIN | none |
 //! | reporting | none | none |
 //!
 //! The bounding set says what executing a program could give. None is ever executed and no_new_privs is set, so that
@@ -21,6 +22,11 @@ pub const WORKING: [Capability; 4] =
 pub fn begin() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("cannot set no_new_privs")?;
     reduce_to(&WORKING)
+}
+
+/// Drops everything but the right to see and change a network namespace: what is left is to talk with strangers.
+pub fn keep_network() -> Result<()> {
+    reduce_to(&[Capability::CAP_NET_ADMIN])
 }
 
 /// Drops all of them: what is left is to report.

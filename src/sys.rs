@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::unistd::{ForkResult, Pid};
@@ -89,4 +90,26 @@ fn open_descriptors() -> io::Result<Vec<RawFd>> {
     let names = names.collect::<io::Result<Vec<_>>>()?;
     let descriptors = names.iter().filter_map(|name| name.to_str()?.parse::<RawFd>().ok());
     Ok(descriptors.filter(|&descriptor| descriptor >= FIRST_INHERITED).collect())
+}
+
+/// `IPPROTO_MPTCP` (`include/uapi/linux/in.h`).
+const IPPROTO_MPTCP: libc::c_int = 262;
+
+/// An MPTCP socket that is being connected to `peer`; it becomes writable when that has succeeded or failed.
+pub fn mptcp_connect(peer: SocketAddr) -> io::Result<TcpStream> {
+    use nix::sys::socket::{SockaddrIn, SockaddrIn6, connect};
+    let family = if peer.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: takes three numbers and touches no memory.
+    let result = unsafe { libc::socket(family, kind, IPPROTO_MPTCP) };
+    // SAFETY: the kernel has just opened it for us, and nobody else knows it.
+    let socket = nix::errno::Errno::result(result).map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) })?;
+    let begun = match peer {
+        SocketAddr::V4(peer) => connect(socket.as_raw_fd(), &SockaddrIn::from(peer)),
+        SocketAddr::V6(peer) => connect(socket.as_raw_fd(), &SockaddrIn6::from(peer)),
+    };
+    match begun {
+        Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => Ok(socket.into()),
+        Err(error) => Err(error.into()),
+    }
 }

@@ -832,10 +832,7 @@ fn command_lines_that_mean_nothing() {
 fn what_is_not_built_says_so() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    let cases: [&[&str]; 10] = [
-        &["doctor"],
-        &["doctor", "web", "--json"],
-        &["doctor", "--probe", "10.0.0.1:80"],
+    let cases: [&[&str]; 7] = [
         &["capture", "web"],
         &["capture", "web", "--count", "3"],
         &["install", "podman", "--dry-run"],
@@ -854,7 +851,7 @@ fn what_is_not_built_says_so() {
 #[test]
 fn every_verb_has_help_with_an_example() {
     let sandbox = Sandbox::new();
-    for verb in ["oci", "lxc", "apply", "release", "status"] {
+    for verb in ["oci", "lxc", "apply", "release", "status", "doctor"] {
         for help in ["--help", "-h"] {
             let outcome = sandbox.hook(&[verb, help]);
             assert_eq!(outcome.stderr, "", "{outcome}");

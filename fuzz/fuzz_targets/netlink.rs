@@ -5,6 +5,8 @@ use anyhow::Result;
 use invariants as must;
 use libfuzzer_sys::fuzz_target;
 use mptcp_hook::fuzzing;
+use mptcp_hook::kernel::netlink::diag::{MptcpSocket, TcpSocket};
+use mptcp_hook::kernel::netlink::ways::{Entry, Neighbour};
 use mptcp_hook::kernel::netlink::{Body, attributes};
 use mptcp_hook::kernel::{Address, Endpoint, Limits, Link};
 
@@ -13,7 +15,7 @@ const PORT: u32 = 4711;
 
 fuzz_target!(|input: &[u8]| {
     let Some((choice, input)) = input.split_first() else { return };
-    let outcome = match choice % 8 {
+    let outcome = match choice % 12 {
         0 => answer(input),
         1 => Endpoint::parse(input).map(drop),
         2 => Limits::parse(input).map(drop),
@@ -29,7 +31,12 @@ fuzz_target!(|input: &[u8]| {
         // Each interface takes four bytes.
         5 => fuzzing::route_interfaces(input).map(|found| assert!(found.len() <= input.len() / 4)),
         6 => fuzzing::family_id(input).map(drop),
-        _ => walk(input),
+        7 => walk(input),
+        8 => TcpSocket::parse(input).map(drop),
+        9 => MptcpSocket::parse(input).map(drop),
+        // A next hop takes eight bytes, an interface beside them eight more.
+        10 => Entry::parse(input).map(|entry| assert!(entry.hops.len() <= input.len() / 8)),
+        _ => Neighbour::parse(input).map(drop),
     };
     if let Err(error) = outcome {
         must::one_line_error(&error);

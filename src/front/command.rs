@@ -74,22 +74,27 @@ pub fn apply(
 
 /// The container that a person wants to let go.
 pub fn release(target: &Target, ledger: Option<&Ledger>) -> Result<ContainerId> {
+    match (known(target, ledger)?, target) {
+        (Some(record), _) => Ok(record.instance.container),
+        (None, Target::Known(name)) => bail!("the ledger knows no container \"{}\"", shown(name)),
+        (None, Target::Pid(pid)) => bail!("the ledger knows no container with the process {pid}"),
+        (None, Target::Netns(path)) => bail!("the ledger knows no container with the namespace {}", path.display()),
+    }
+}
+
+/// What the ledger has of the container that a person names. A name that it does not know is an error; a process or a
+/// namespace may be anybody's.
+pub fn known(target: &Target, ledger: Option<&Ledger>) -> Result<Option<Record>> {
     match target {
-        Target::Known(name) => Ok(find(ledger, name)?.instance.container),
-        Target::Pid(pid) => match known_process(ledger, *pid)? {
-            Some(record) => Ok(record.instance.container),
-            None => bail!("the ledger knows no container with the process {pid}"),
-        },
+        Target::Known(name) => find(ledger, name).map(Some),
+        Target::Pid(pid) => known_process(ledger, *pid),
         Target::Netns(path) => {
             let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
             let known =
                 |record: &Record| record.instance.netns_path.as_deref().is_some_and(|known| Path::new(known) == real);
             let mut records = records(ledger)?;
             records.sort_by_key(|record| record.instance.container.door != Door::Command);
-            match records.into_iter().find(known) {
-                Some(record) => Ok(record.instance.container),
-                None => bail!("the ledger knows no container with the namespace {}", path.display()),
-            }
+            Ok(records.into_iter().find(known))
         }
     }
 }

@@ -152,3 +152,37 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
     };
     error.context(hint)
 }
+
+/// What older kernels do not do about `backup`; mended in 6.11 and stable backports, of which 6.1.192 is one.
+pub fn backup_bug(release: &str, flags: EndpointFlags) -> Option<&'static str> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    let (major, minor, patch) = (numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0));
+    if (major, minor) >= (6, 11) || (major, minor) == (6, 1) && patch >= 192 {
+        None
+    } else if (major, minor) <= (6, 5) && flags.contains(EndpointFlags::SIGNAL) {
+        Some("may not honour backup together with signal (mended in Linux 6.11 and later stable releases)")
+    } else {
+        Some(
+            "may ignore its own backup flag when it sends; the peer honours it (mended in Linux 6.11 and later stable releases)",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_do_not_keep_to_backup_are_known() {
+        let backup = EndpointFlags::SUBFLOW.union(EndpointFlags::BACKUP);
+        let signal = EndpointFlags::SIGNAL.union(EndpointFlags::BACKUP);
+        for mended in ["6.11.0", "6.12.1-amd64", "7.0.0-rc1", "6.1.192-1", "6.18.44-fc-v669"] {
+            assert_eq!(backup_bug(mended, backup), None, "{mended}");
+        }
+        for old in ["6.1.0-37-amd64", "6.10.14", "5.10.0", "6.6.3"] {
+            assert!(backup_bug(old, backup).is_some_and(|bug| bug.contains("ignore its own")), "{old}");
+        }
+        assert!(backup_bug("6.5.1", signal).is_some_and(|bug| bug.contains("signal")));
+        assert!(backup_bug("6.6.1", signal).is_some_and(|bug| bug.contains("ignore its own")));
+    }
+}

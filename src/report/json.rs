@@ -1,7 +1,10 @@
-//! `status --json`: the fields that others may rely on, and some more beside them.
+//! `status --json` and `doctor --json`: the fields that others may rely on, and some more beside them.
 
 use serde::Serialize;
 
+use crate::doctor::finding::{Finding, Severity};
+use crate::doctor::sockets::Shown;
+use crate::doctor::{Diagnosis, probe};
 use crate::kernel::{Kind, RouteState};
 use crate::ledger::record::{Conflict, Event, Failure, Outcome, Scope, State};
 use crate::request::setting::SettingKey;
@@ -84,6 +87,37 @@ struct Setting<'a> {
 struct Claim<'a> {
     container: &'a str,
     value: &'a str,
+}
+
+#[derive(Serialize)]
+struct Doctor<'a> {
+    target: Option<&'a str>,
+    facts: Vec<Fact<'a>>,
+    findings: &'a [Finding],
+    subflows: &'a [Shown],
+    probe: Option<&'a probe::Outcome>,
+    problems: usize,
+    warnings: usize,
+}
+
+#[derive(Serialize)]
+struct Fact<'a> {
+    about: &'a str,
+    value: &'a str,
+}
+
+/// The diagnosis as one JSON object with a line break at its end.
+pub fn doctor(diagnosis: &Diagnosis) -> anyhow::Result<String> {
+    let root = Doctor {
+        target: diagnosis.target.as_deref(),
+        facts: diagnosis.facts.iter().map(|(about, value)| Fact { about, value }).collect(),
+        findings: &diagnosis.findings,
+        subflows: &diagnosis.subflows,
+        probe: diagnosis.probe.as_ref(),
+        problems: diagnosis.count(Severity::Problem),
+        warnings: diagnosis.count(Severity::Warning),
+    };
+    Ok(serde_json::to_string(&root)? + "\n")
 }
 
 /// The status as one JSON object with a line break at its end.

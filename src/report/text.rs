@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 
+use crate::doctor::Diagnosis;
+use crate::doctor::finding::Severity;
+use crate::doctor::sockets::Shown;
 use crate::error::plain;
 use crate::kernel::RouteState;
 use crate::ledger::Following;
@@ -247,6 +250,80 @@ fn containers(status: &Status) -> String {
         }
     }
     text
+}
+
+/// What the doctor found, each with what was read, why it matters and what mends it.
+pub fn doctor(diagnosis: &Diagnosis) -> String {
+    let mut text = String::new();
+    line(&mut text, diagnosis.target.clone().unwrap_or_else(|| "This host".into()));
+    for (about, value) in &diagnosis.facts {
+        line(&mut text, format!("  {about}: {value}"));
+    }
+    for finding in &diagnosis.findings {
+        let place = finding.interface.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
+        text.push('\n');
+        line(&mut text, format!("{} {}{place}: {}", finding.severity.name().to_uppercase(), finding.id, finding.what));
+        let parts = [
+            ("read:", Some(finding.evidence.as_str()).filter(|evidence| !evidence.is_empty())),
+            ("why: ", Some(finding.why)),
+            ("mend:", finding.mend.as_deref()),
+            ("run: ", finding.command.as_deref()),
+        ];
+        for (name, part) in parts {
+            if let Some(part) = part {
+                line(&mut text, format!("  {name:<5} {part}"));
+            }
+        }
+    }
+    subflows(&mut text, "Subflows", &diagnosis.subflows);
+    if let Some(probe) = &diagnosis.probe {
+        subflows(&mut text, &format!("Subflows of the probe to {}", probe.peer), &probe.subflows);
+    }
+    let counted = |severity: Severity| match diagnosis.count(severity) {
+        1 => format!("1 {}", severity.name()),
+        n => format!("{n} {}s", severity.name()),
+    };
+    text.push('\n');
+    line(
+        &mut text,
+        match (diagnosis.count(Severity::Problem), diagnosis.count(Severity::Warning)) {
+            (0, 0) => "Nothing is wrong.".into(),
+            (0, _) => format!("No problem, {}.", counted(Severity::Warning)),
+            (_, 0) => format!("{}.", counted(Severity::Problem)),
+            _ => format!("{}, {}.", counted(Severity::Problem), counted(Severity::Warning)),
+        },
+    );
+    text
+}
+
+fn subflows(text: &mut String, title: &str, subflows: &[Shown]) {
+    if subflows.is_empty() {
+        return;
+    }
+    text.push('\n');
+    line(text, title.into());
+    let mut table =
+        Table::new(["CONNECTION", "LOCAL", "PEER", "LEAVES BY", "STATE", "FLAGS", "BACKUP", "SENT", "RECEIVED"]);
+    for subflow in subflows {
+        let backup = match (subflow.backup, subflow.peer_backup) {
+            (true, true) => "both",
+            (true, false) => "ours",
+            (false, true) => "peer's",
+            (false, false) => "-",
+        };
+        table.add([
+            subflow.connection.as_str().into(),
+            subflow.local.as_str().into(),
+            subflow.peer.as_str().into(),
+            subflow.interface.as_deref().unwrap_or("-").into(),
+            subflow.state.into(),
+            subflow.flags.as_str().into(),
+            backup.into(),
+            subflow.sent.to_string().into(),
+            subflow.received.to_string().into(),
+        ]);
+    }
+    *text += &table.text();
 }
 
 /// Appends a line. A container's author may have had a word in it: it stays one line, without control characters.

@@ -3,10 +3,12 @@
 //! Framing is that of `include/uapi/linux/netlink.h`. Nothing that arrives is trusted: lengths are checked before they
 //! are used, and a malformed message is an error.
 
+pub mod diag;
 pub mod events;
 pub mod mptcp_pm;
 pub mod route;
 pub mod routing;
+pub mod ways;
 
 use std::fmt;
 use std::io::ErrorKind;

@@ -14,7 +14,7 @@ use crate::deadline::Deadline;
 /// Leave the counters out of the dump: they are the largest part of it, and not needed.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// Answer with the routing table's entry (Linux 4.13).
-const RTM_F_FIB_MATCH: u32 = 0x2000;
+pub(super) const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 const IFA_F_TEMPORARY: u32 = 0x01;
 const IFA_F_DADFAILED: u32 = 0x08;
@@ -25,8 +25,8 @@ const IFA_F_PERMANENT: u32 = 0x80;
 /// Public addresses that no interface's own network contains: the abandoned 6to4 anycast prefix (RFC 7526) and the
 /// newer documentation prefix (RFC 9637). What leads there is a default route, or as good as one. The well-known
 /// documentation networks do not serve: people number their test networks with them. Nothing is ever sent.
-const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
-const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
+pub(super) const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
+pub(super) const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
