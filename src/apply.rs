@@ -127,7 +127,7 @@ pub fn follow(
 }
 
 /// Opens the namespace. The pid comes with what tells its process from a later one of the same pid.
-fn open(place: &Place) -> Result<(Visit, Option<(u32, Process)>)> {
+pub fn open(place: &Place) -> Result<(Visit, Option<(u32, Process)>)> {
     match place {
         Place::Process(pid) => {
             let (namespace, process) = instance::open_netns_of(*pid)?;

@@ -2,11 +2,14 @@
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use lexopt::Arg;
 
+use crate::capture::Capture;
 use crate::error::{shown, usage};
 use crate::request::{self, Rank, Source, What, Wish};
 
@@ -58,6 +61,8 @@ pub enum Action {
         /// As JSON.
         json: bool,
     },
+    /// Show packets.
+    Capture(Capture),
     /// Show the ledger.
     Status {
         /// Only this container.
@@ -97,6 +102,8 @@ pub enum Verb {
     Agent,
     /// What is wrong.
     Doctor,
+    /// Shows what peers tell each other.
+    Capture,
 }
 
 struct VerbHelp {
@@ -107,7 +114,7 @@ struct VerbHelp {
     example: &'static str,
 }
 
-const VERBS: [VerbHelp; 8] = [
+const VERBS: [VerbHelp; 9] = [
     VerbHelp {
         verb: Verb::Oci,
         name: "oci",
@@ -181,10 +188,20 @@ const VERBS: [VerbHelp; 8] = [
         example: "Example, with a real connection from inside the container \"web\":\n  \
                   mptcp-hook doctor web --probe 192.0.2.10:80",
     },
+    VerbHelp {
+        verb: Verb::Capture,
+        name: "capture",
+        usage: "mptcp-hook capture TARGET [--json] [--dss] [--count N] [--duration S] [--write FILE.pcap]",
+        what: "Shows each TCP packet of the container that says something about Multipath TCP, as it passes: connections\n\
+               and subflows that are opened or closed, addresses, priorities. On all interfaces, those that come later\n\
+               included, until it is interrupted or the container ends. Times are UTC. Changes nothing.",
+        example: "Example: is eth1 of the container \"web\" a backup path? Its SYN must say \"MP_JOIN id 1 backup\":\n  \
+                  mptcp-hook capture web",
+    },
 ];
 
 /// The words of the contract that this version does not have.
-const NOT_BUILT: [&str; 2] = ["capture", "install"];
+const NOT_BUILT: [&str; 1] = ["install"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Id {
@@ -202,6 +219,10 @@ enum Id {
     Netns,
     DryRun,
     Json,
+    Dss,
+    Count,
+    Duration,
+    Write,
     Stale,
     Watch,
     Probe,
@@ -222,9 +243,19 @@ struct Flag {
 }
 
 const REQUEST: &[Verb] = &[Verb::Oci, Verb::Lxc, Verb::Apply];
-const TARGET: &[Verb] = &[Verb::Apply, Verb::Release, Verb::Doctor];
-const ALL: &[Verb] =
-    &[Verb::Oci, Verb::Lxc, Verb::Apply, Verb::Release, Verb::Status, Verb::Repair, Verb::Agent, Verb::Doctor];
+const TARGET: &[Verb] = &[Verb::Apply, Verb::Release, Verb::Doctor, Verb::Capture];
+const CAPTURE: &[Verb] = &[Verb::Capture];
+const ALL: &[Verb] = &[
+    Verb::Oci,
+    Verb::Lxc,
+    Verb::Apply,
+    Verb::Release,
+    Verb::Status,
+    Verb::Repair,
+    Verb::Agent,
+    Verb::Doctor,
+    Verb::Capture,
+];
 
 const fn flag(
     id: Id,
@@ -291,7 +322,24 @@ const FLAGS: &[Flag] = &[
         "TARGET: the namespace bound to this path, such as /run/netns/NAME.",
     ),
     flag(Id::DryRun, "dry-run", None, &[Verb::Apply], "Say what would be done and why, and do nothing."),
-    flag(Id::Json, "json", None, &[Verb::Apply, Verb::Status, Verb::Doctor], "Print JSON."),
+    flag(
+        Id::Json,
+        "json",
+        None,
+        &[Verb::Apply, Verb::Status, Verb::Doctor, Verb::Capture],
+        "Print JSON; capture: an object per line.",
+    ),
+    flag(Id::Dss, "dss", None, CAPTURE, "Packets with data, too (the option DSS): nearly all of a connection."),
+    flag(Id::Count, "count", Some("N"), CAPTURE, "End after N packets."),
+    flag(Id::Duration, "duration", Some("S"), CAPTURE, "End after S seconds."),
+    flag(
+        Id::Write,
+        "write",
+        Some("FILE.pcap"),
+        CAPTURE,
+        "Write the packets to a file for tshark or Wireshark, too, the first 512 bytes of each. A file of your\n\
+         own is overwritten; a link, or a file of somebody else's, is refused.",
+    ),
     flag(Id::Stale, "stale", None, &[Verb::Release], "All containers that are dead."),
     flag(Id::Watch, "watch", None, &[Verb::Status], "Update in place, once a second."),
     flag(
@@ -405,6 +453,10 @@ struct Read {
     target: Option<Target>,
     dry_run: bool,
     json: bool,
+    dss: bool,
+    count: Option<u64>,
+    duration: Option<Duration>,
+    write: Option<PathBuf>,
     stale: bool,
     watch: bool,
     probe: Option<SocketAddr>,
@@ -418,6 +470,10 @@ impl Default for Read {
             target: None,
             dry_run: false,
             json: false,
+            dss: false,
+            count: None,
+            duration: None,
+            write: None,
             stale: false,
             watch: false,
             probe: None,
@@ -454,6 +510,22 @@ impl Read {
             }
             Id::Json => {
                 self.json = true;
+                return Ok(());
+            }
+            Id::Dss => {
+                self.dss = true;
+                return Ok(());
+            }
+            Id::Count => {
+                self.count = Some(positive(flag, value)?);
+                return Ok(());
+            }
+            Id::Duration => {
+                self.duration = Some(Duration::from_secs(positive(flag, value)?));
+                return Ok(());
+            }
+            Id::Write => {
+                self.write = Some(value.into());
                 return Ok(());
             }
             Id::Stale => {
@@ -507,7 +579,7 @@ impl Read {
         }
         let mut words = words.into_iter();
         match verb {
-            Verb::Apply | Verb::Release | Verb::Doctor => {
+            Verb::Apply | Verb::Release | Verb::Doctor | Verb::Capture => {
                 if let Some(word) = words.next() {
                     self.set_target(Target::Known(word))?;
                 }
@@ -540,9 +612,23 @@ impl Read {
                 return Err(usage(format!("--probe opens a connection from inside a container: {}", no_target())));
             }
             Verb::Doctor => Action::Doctor { target: self.target, probe: self.probe, json: self.json },
+            Verb::Capture => Action::Capture(Capture {
+                target: self.target.ok_or_else(no_target)?,
+                json: self.json,
+                dss: self.dss,
+                count: self.count,
+                duration: self.duration,
+                write: self.write,
+            }),
             Verb::Repair => Action::Repair,
         })
     }
+}
+
+/// A number from 1 on.
+fn positive(flag: &Flag, value: &str) -> Result<u64> {
+    let number = value.parse::<NonZero<u64>>().map(NonZero::get);
+    number.map_err(|_| usage(format!("--{} \"{}\" is not a number from 1 on", flag.long, shown(value))))
 }
 
 fn find_flag(name: &str) -> Result<&'static Flag> {
@@ -708,6 +794,26 @@ mod tests {
             assert!(error(line).contains("not in this version yet"), "{line}");
         }
         assert!(read("oci --routes off --mptcp default --follow never").is_ok());
+    }
+
+    #[test]
+    fn what_capture_takes() {
+        let Action::Capture(capture) =
+            read("capture web --dss --json --count 3 --duration 20 --write /tmp/x.pcap").unwrap().1
+        else {
+            panic!("not capture")
+        };
+        assert_eq!(capture.target, Target::Known("web".into()));
+        assert_eq!((capture.json, capture.dss, capture.count), (true, true, Some(3)));
+        assert_eq!((capture.duration, capture.write), (Some(Duration::from_secs(20)), Some("/tmp/x.pcap".into())));
+        let Action::Capture(capture) = read("capture --pid 7").unwrap().1 else { panic!("not capture") };
+        assert_eq!((capture.target, capture.count, capture.duration), (Target::Pid(7), None, None));
+        assert!(error("capture").contains("name the container"));
+        for value in ["0", "-1", "x", "1.5", "99999999999999999999"] {
+            assert!(error(&format!("capture web --count {value}")).contains("from 1 on"), "{value}");
+            assert!(error(&format!("capture web --duration {value}")).contains("from 1 on"), "{value}");
+        }
+        assert!(error("apply web --dss").contains("does not belong to apply"));
     }
 
     #[test]

@@ -13,12 +13,14 @@
 //! | [`ledger`] | remember it |
 //! | [`report`] | say it |
 //!
-//! The verbs [`apply`], [`release`], [`status`], [`doctor`] and [`repair`] take data through them, and the [`agent`] takes it there again
-//! when links and addresses change; [`instance`] tells one life of a container from another, [`context`] holds what a
+//! The verbs [`apply`], [`release`], [`status`] and [`repair`] take data through them, and the [`agent`] takes it there again
+//! when links and addresses change. [`doctor`] looks for what is wrong, [`capture`] shows packets; both change nothing.
+//! [`instance`] tells one life of a container from another, [`context`] holds what a
 //! run needs to know about itself.
 
 pub mod agent;
 pub mod apply;
+pub mod capture;
 pub mod cli;
 pub mod context;
 pub mod deadline;
@@ -56,6 +58,7 @@ use kernel::netns::own_user_namespace;
 use ledger::record::Failure;
 use ledger::{Following, Ledger};
 use policy::OnError;
+use privileges::Work;
 use report::journal::Priority;
 
 /// How long standard input is waited for, before the policy (and with it the deadline) is read.
@@ -73,7 +76,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     // Only LXC speaks through the environment. Gone is gone: no library reads it behind our back either.
     let variables = if verb == Some(Verb::Lxc) { lxc::Variables::take() } else { lxc::Variables::default() };
     sys::clear_environment();
-    let begun = begin();
+    let begun = begin(if verb == Some(Verb::Capture) { Work::Capture } else { Work::SetUp });
     // Whatever else is wrong, the runtime must be able to write the state to the end.
     let stdin = (verb == Some(Verb::Oci)).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
     let mut run = Run::default();
@@ -96,9 +99,9 @@ fn watch_status(globals: &Globals, name: Option<&str>) -> Result<()> {
 }
 
 /// Lets go of what the caller gave and the work does not need, before any input is read.
-fn begin() -> Result<()> {
+fn begin(work: Work) -> Result<()> {
     sys::close_inherited_descriptors().context("cannot close the descriptors that the caller left open")?;
-    privileges::begin()
+    privileges::begin(work)
 }
 
 /// What is known about the run when it ends.
@@ -174,6 +177,7 @@ impl Run {
                     _ => Err(error::Found.into()),
                 }
             }
+            Action::Capture(capture) => capture.run(&Context::state_dir(&globals)?),
             Action::Status { name, watch: true, .. } => watch_status(&globals, name.as_deref()),
             Action::Status { name, json, .. } => {
                 let status = status::status(&Context::new(&globals)?, name.as_deref())?;

@@ -2,7 +2,7 @@
 //!
 //! | phase | effective, permitted | inheritable, ambient, bounding |
 //! |---|---|---|
-//! | from the start on: reading the call, the work | those of [`WORKING`] that the caller had | none |
+//! | from the start on: reading the call, the work | those that the [`Work`] needs and the caller had | none |
 //! | the doctor's probe | CAP_NET_ADMIN | none |
 //! | reporting | none | none |
 //!
@@ -18,10 +18,29 @@ use caps::{CapSet, Capability, CapsHashSet};
 pub const WORKING: [Capability; 4] =
     [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
 
+/// What there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Everything but `capture`.
+    SetUp,
+    /// Open a packet socket, too (NET_RAW).
+    Capture,
+}
+
+impl Work {
+    fn needs(self) -> Vec<Capability> {
+        let mut needs = WORKING.to_vec();
+        if self == Self::Capture {
+            needs.push(Capability::CAP_NET_RAW);
+        }
+        needs
+    }
+}
+
 /// Drops everything but what the work needs, and the way to get anything by executing a program.
-pub fn begin() -> Result<()> {
+pub fn begin(work: Work) -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("cannot set no_new_privs")?;
-    reduce_to(&WORKING)
+    reduce_to(&work.needs())
 }
 
 /// Drops everything but the right to see and change a network namespace: what is left is to talk with strangers.

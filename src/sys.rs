@@ -22,6 +22,63 @@ pub fn netns_cookie(socket: RawFd) -> Option<u64> {
     (result == 0 && length as usize == size_of::<u64>()).then_some(cookie)
 }
 
+/// Has the kernel run a classic BPF program on each packet before it is queued (`SO_ATTACH_FILTER`, socket(7)). It checks
+/// the program first.
+pub fn attach_filter(socket: BorrowedFd, program: &[libc::sock_filter]) -> io::Result<()> {
+    let length = program.len().try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // The kernel only reads it.
+    let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
+    set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
+/// Has each packet come with the VLAN tag that was taken out of it (`PACKET_AUXDATA`, packet(7)).
+pub fn set_packet_auxdata(socket: BorrowedFd) -> io::Result<()> {
+    set_option(socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, &1_i32)
+}
+
+fn set_option<T>(socket: BorrowedFd, level: i32, name: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of the live `value`, and of what that points to, which its caller
+    // keeps alive; it writes nothing.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const *value).cast(), size_of::<T>() as libc::socklen_t)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has a packet socket receive from all interfaces of its namespace, now and later (packet(7)).
+pub fn bind_to_all_interfaces(socket: BorrowedFd) -> io::Result<()> {
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as libc::sa_family_t,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: 0,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of the live `address`, which has that size.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How many packets did not fit into a packet socket's buffer since the last call (`PACKET_STATISTICS`, packet(7)).
+pub fn dropped_packets(socket: BorrowedFd) -> io::Result<u32> {
+    let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+    // SAFETY: both pointers are to live locals, and `length` is the size of the one that the kernel writes to.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut statistics).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(statistics.tp_drops) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Forgets the environment. The program starts with what the runtime, and at createContainer the container's author,
 /// put there.
 pub fn clear_environment() {

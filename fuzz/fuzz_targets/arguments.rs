@@ -32,7 +32,12 @@ fuzz_target!(|input: &[u8]| {
             assert!(target != Target::Pid(0));
             merged(wishes, Rank::CommandLine);
         }
-        Action::Release(target) => assert!(target != Target::Pid(0)),
+        Action::Capture(capture) => {
+            assert_eq!(verb, Some(Verb::Capture));
+            assert!(capture.target != Target::Pid(0) && capture.count != Some(0));
+        }
+        Action::Release(target) | Action::Doctor { target: Some(target), .. } => assert!(target != Target::Pid(0)),
+        Action::Doctor { target: None, probe, .. } => assert!(probe.is_none()),
         Action::ReleaseStale | Action::Repair | Action::Agent | Action::Status { .. } => {}
     }
 });

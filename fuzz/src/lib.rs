@@ -10,7 +10,7 @@ use mptcp_hook::error::exit_status;
 use mptcp_hook::front::Apply;
 use mptcp_hook::instance::{ContainerId, Door, Instance};
 use mptcp_hook::kernel::netns::NetnsId;
-use mptcp_hook::kernel::{Address, Change, Facts, Kind, Limits, Link, RouteState, Seen, SeenSetting};
+use mptcp_hook::kernel::{Address, Change, Facts, Kind, Limits, Link, RouteState, Routing, Seen, SeenSetting};
 use mptcp_hook::ledger::record::{
     ConflictOutcome, Interface, Outcome, OwnedEndpoint, OwnedSetting, Record, Scope, State, VERSION,
 };
@@ -94,6 +94,11 @@ pub fn what(what: &What) {
             assert!(setting::same(name, value, value));
         }
         What::OnConflict(word) => assert_eq!(word.to_string().parse().as_ref(), Ok(word)),
+        What::Gateway(pattern, gateway) => {
+            assert_eq!(pattern.as_str().parse::<Pattern>().as_ref(), Ok(pattern));
+            assert!(!gateway.is_unspecified() && !gateway.is_multicast() && !gateway.is_loopback(), "{gateway}");
+        }
+        What::Routes(word) => assert_eq!(word.to_string().parse().as_ref(), Ok(word)),
         What::Follow(word) => assert_eq!(word.to_string().parse().as_ref(), Ok(word)),
         What::Name(name) => assert!(!name.is_empty() && !name.contains('/')),
     }
@@ -176,6 +181,9 @@ fn stays_inside(request: &Request, plan: &Plan, world: &World) {
                 let path = key.sysctl_path().expect("a sysctl");
                 assert!(path.starts_with("net/mptcp/") && kind == Kind::Upstream, "the author writes {key}");
                 assert!(scope::is_known_per_namespace(path, kind) && !held(key), "the author writes {key}");
+            }
+            Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_) => {
+                panic!("the author gets routes: {}", step.change);
             }
             Change::Limits(limits) => {
                 assert!(limits.subflows <= LIMIT_MAX && limits.add_addr_accepted <= LIMIT_MAX, "{limits:?}");
@@ -278,6 +286,7 @@ fn worlds(request: &Request) -> Vec<World> {
             settings,
             congestion_controls: vec!["cubic".into()],
             routes: BTreeMap::new(),
+            routing: Some(Routing::default()),
         };
         let siblings = if shared { vec![sibling(kind, &held)] } else { Vec::new() };
         let mut world = World { facts, siblings, host };
@@ -325,6 +334,7 @@ fn sibling(kind: Kind, held: &[(SettingKey, String)]) -> Record {
         route: RouteState::Ok,
         endpoints: if kind == Kind::Upstream { vec![endpoint] } else { Vec::new() },
         link: None,
+        routing: None,
         corrected: None,
         last: None,
     };

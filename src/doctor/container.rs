@@ -528,6 +528,7 @@ mod tests {
             settings: BTreeMap::new(),
             congestion_controls: Vec::new(),
             routes: BTreeMap::new(),
+            routing: None,
         };
         let way = Way { bound: hop(2, [10, 0, 2, 1]), free: hop(1, [10, 0, 1, 1]) };
         Seen {

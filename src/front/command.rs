@@ -29,18 +29,8 @@ pub fn apply(
             let record = find(ledger, name)?;
             // What it was asked for before is asked for again: an interface may have come since.
             request = request.on_top_of(&record.request)?;
+            let place = place_of(&record)?;
             let instance = record.instance;
-            let place = match (instance.pid, &instance.netns_path) {
-                (Some(pid), _) => {
-                    // The plan compares the whole instance; this is for a plain message.
-                    if Process::read(pid).ok().map(|p| p.start_time) != instance.start_time {
-                        bail!("container {} is not running any more (pid {pid} is gone)", instance.container.id);
-                    }
-                    Place::Process(pid)
-                }
-                (None, Some(path)) => Place::Path(path.into()),
-                (None, None) => bail!("the ledger knows no process and no namespace of {name}; use --pid or --netns"),
-            };
             (instance.container, place, instance.netns_path)
         }
         Target::Pid(pid) => {
@@ -70,6 +60,37 @@ pub fn apply(
         request.extend(policy.defaults.iter().cloned())?;
     }
     Ok(Apply { container, place, netns_path, request, notes: Vec::new() })
+}
+
+/// Where the namespace is that a person wants to look into, and what to call it.
+pub fn look(target: &Target, ledger: Option<&Ledger>) -> Result<(String, Place)> {
+    Ok(match target {
+        Target::Known(name) => {
+            let record = find(ledger, name)?;
+            let place = place_of(&record)?;
+            (record.name, place)
+        }
+        Target::Pid(pid) => (format!("pid {pid}"), Place::Process(*pid)),
+        Target::Netns(path) => (path.display().to_string(), Place::Path(path.clone())),
+    })
+}
+
+/// Where the namespace of a container of the ledger is, if it is still there.
+fn place_of(record: &Record) -> Result<Place> {
+    let instance = &record.instance;
+    match (instance.pid, &instance.netns_path) {
+        (Some(pid), _) => {
+            // The plan compares the whole instance; this is for a plain message.
+            if Process::read(pid).ok().map(|p| p.start_time) != instance.start_time {
+                bail!("container {} is not running any more (pid {pid} is gone)", instance.container.id);
+            }
+            Ok(Place::Process(pid))
+        }
+        (None, Some(path)) => Ok(Place::Path(path.into())),
+        (None, None) => {
+            bail!("the ledger knows no process and no namespace of {}; use --pid or --netns", record.name)
+        }
+    }
 }
 
 /// The container that a person wants to let go.

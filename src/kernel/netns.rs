@@ -12,6 +12,7 @@ use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use super::Seen;
+use crate::privileges::{self, Work};
 use crate::request::setting::SettingKey;
 
 /// The inode number of the initial user namespace (`PROC_USER_INIT_INO`, kernel `include/linux/proc_ns.h`).
@@ -97,6 +98,8 @@ pub struct Visit {
     inside: bool,
     /// There is no way back: after joining another user namespace, or out of a rootless engine's.
     one_way: bool,
+    /// What the capabilities of a user namespace are for.
+    work: Work,
     /// What was seen outside before going in, where there is no way back.
     seen_outside: BTreeMap<SettingKey, Seen>,
 }
@@ -108,13 +111,27 @@ impl Visit {
         let inside = host.inode == target.inode;
         // The host's namespace belongs to the initial user namespace, and only its root may enter it.
         let one_way = !inside && !in_initial_user_namespace();
-        Ok(Self { host: Some(host), target, pid, inside, one_way, seen_outside: BTreeMap::new() })
+        Ok(Self { host: Some(host), target, pid, inside, one_way, work: Work::SetUp, seen_outside: BTreeMap::new() })
     }
 
     /// A visit that begins and ends inside: the host's namespace is out of reach (createContainer).
     pub fn already_inside() -> Result<Self> {
         let target = Namespace::own()?;
-        Ok(Self { host: None, target, pid: None, inside: true, one_way: true, seen_outside: BTreeMap::new() })
+        Ok(Self {
+            host: None,
+            target,
+            pid: None,
+            inside: true,
+            one_way: true,
+            work: Work::SetUp,
+            seen_outside: BTreeMap::new(),
+        })
+    }
+
+    /// The same visit for other work than setting a container up.
+    pub fn for_work(mut self, work: Work) -> Self {
+        self.work = work;
+        self
     }
 
     /// Whether host-wide values can be read and written, now or after coming back.
@@ -182,7 +199,7 @@ impl Visit {
         setns(self.target.file.as_fd(), CloneFlags::CLONE_NEWNET)
             .with_context(|| format!("cannot enter the network namespace {}", self.target.path.display()))?;
         // The user namespace gave all of its capabilities.
-        crate::privileges::begin()
+        privileges::begin(self.work)
     }
 
     /// Comes back to the hook's own namespace.

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use super::{Clash, Draft};
+use super::{Clash, Draft, named};
 use crate::kernel::netlink::routing::PROTOCOL;
 use crate::kernel::{Change, RouteState, Routing, Rule, TableRoute};
 use crate::ledger::record::{Interface, OwnedRouting, Record, State};
@@ -99,7 +99,8 @@ pub fn plan(draft: &mut Draft, name: &str, index: u32, addresses: &[IpAddr], ask
             if sources.is_empty() || !ours && !sources.iter().any(|address| state(address) == RouteState::Missing) {
                 continue;
             }
-            match gateway(draft, now, name, index, is_v4) {
+            let gateway = gateway(draft, now, name, index, is_v4);
+            match gateway.map(|gateway| agreed(draft, name, index, gateway)) {
                 Some(gateway) => lead(draft, &mut wanted, name, index, &sources, gateway),
                 None => {
                     let family = if is_v4 { "IPv4" } else { "IPv6" };
@@ -153,6 +154,44 @@ fn gateway(draft: &Draft, now: &Routing, name: &str, index: u32, is_v4: bool) ->
         defaults.find_map(|route| route.gateway)
     };
     asked.or_else(theirs)
+}
+
+/// The next hop that a sibling relies on, if it is another one: a namespace has one way out by an interface.
+fn agreed(draft: &mut Draft, name: &str, index: u32, gateway: IpAddr) -> IpAddr {
+    let input = draft.input;
+    let of = |record: &Record| {
+        let routing = record.interfaces.iter().filter_map(|interface| interface.routing.as_ref());
+        let mut routes = routing.flat_map(|routing| &routing.routes);
+        let same = |route: &&TableRoute| {
+            route.is_default() && route.ifindex == index && route.destination.is_ipv4() == gateway.is_ipv4()
+        };
+        routes.find(same).and_then(|route| route.gateway)
+    };
+    let held: Vec<(String, IpAddr)> = input
+        .siblings
+        .iter()
+        .filter_map(|record| Some((record.instance.container.id.clone(), of(record)?)))
+        .filter(|(_, theirs)| *theirs != gateway)
+        .collect();
+    let Some((_, kept)) = held.first() else { return gateway };
+    let kept = *kept;
+    let ids: Vec<String> = held.into_iter().map(|(id, _)| id).collect();
+    if let Some((wish, _)) = input.request.asked_routes() {
+        draft.clash(Clash {
+            key: format!("gateway.{name}"),
+            wanted: gateway.to_string(),
+            kept: kept.to_string(),
+            reason: format!(
+                "{name} shall leave by {gateway}, and {} in the same network namespace rely on {kept}",
+                named(&ids)
+            ),
+            holders: ids,
+            can_override: false,
+            source: &wish.source,
+            setting: None,
+        });
+    }
+    kept
 }
 
 /// Rules for these addresses, and a table with what is on the link and the way to everywhere else.
@@ -209,7 +248,7 @@ fn change(draft: &mut Draft, name: &str, now: &Routing, before: &OwnedRouting, w
         siblings.any(|interface| interface.routing.as_ref().is_some_and(|routing| routing.table == owned.table))
     };
     if !theirs(before) {
-        let why = format!("{name} does not need it any more");
+        let why = format!("{name}, which does not need it any more");
         for rule in before.rules.iter().filter(|rule| !wanted.rules.contains(rule) && now.rules.contains(rule)) {
             draft.step(Change::DeleteRule(rule.clone()), Some(Change::AddRule(rule.clone())), why.clone());
         }
@@ -219,7 +258,7 @@ fn change(draft: &mut Draft, name: &str, now: &Routing, before: &OwnedRouting, w
             draft.step(Change::DeleteRoute(route.clone()), Some(Change::AddRoute(route.clone())), why.clone());
         }
     }
-    let why = format!("packets from {name}'s addresses leave by {name} (routes=auto)");
+    let why = format!("routes=auto of {name}");
     for route in wanted.routes.iter().filter(|route| !now.routes.contains(route)) {
         draft.step(Change::AddRoute(route.clone()), Some(Change::DeleteRoute(route.clone())), why.clone());
     }

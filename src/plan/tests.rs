@@ -1389,3 +1389,24 @@ fn what_routes_brought_goes_with_the_wish() {
     assert!(matches!(plan.steps[0].change, Change::DeleteRule(_)), "{:?}", changes(&plan));
     assert_eq!(plan.steps.iter().filter(|step| matches!(step.change, Change::DeleteRoute(_))).count(), 2);
 }
+
+#[test]
+fn two_in_one_namespace_agree_on_the_gateway() {
+    let gateway = |last: &str| Ok(What::Gateway("eth1".parse().unwrap(), address(&format!("10.0.2.{last}"))));
+    let mut first = two_uplinks(ADMIN).ask(ADMIN, gateway("1")).applied();
+    let sibling = Record { name: "db".into(), ..first.previous.take().unwrap() };
+    let second = |last: &str| {
+        let mut scene = Scene::in_namespace_of(first.host.clone())
+            .ask(ADMIN, interface("eth1", "backup"))
+            .ask(ADMIN, Ok(What::Routes(request::Routes::Auto)))
+            .ask(ADMIN, gateway(last));
+        scene.siblings.push(sibling.clone());
+        scene
+    };
+    let plan = second("1").plan().unwrap();
+    assert!(plan.refusal().is_none() && plan.steps.is_empty(), "{:?}", changes(&plan));
+    let refused = second("9").plan().unwrap();
+    assert!(refused.refusal().unwrap().contains("rely on 10.0.2.1"), "{:?}", refused.refusal());
+    let warned = second("9").ask(ADMIN, on_conflict(OnConflict::Warn)).plan().unwrap();
+    assert!(warned.refusal().is_none() && warned.steps.is_empty(), "{:?}", changes(&warned));
+}

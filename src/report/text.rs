@@ -403,7 +403,7 @@ fn or_dash(text: String) -> Cow<'static, str> {
 }
 
 /// `2026-01-31 12:34:56`. The civil date from days since 1970 (H. Hinnant, "chrono-Compatible Low-Level Date Algorithms").
-fn utc(seconds: u64) -> String {
+pub fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
