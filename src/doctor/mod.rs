@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::cli::Target;
 use crate::context::Context;
 use crate::front::command;
-use crate::instance::{Instance, Process, open_netns_of};
+use crate::instance::{Instance, open_netns_of};
 use crate::kernel::netlink::diag::Diag;
 use crate::kernel::netlink::ways::{Hop, Ways};
 use crate::kernel::netns::{Namespace, Visit};
@@ -78,10 +78,7 @@ fn the_host(context: &Context) -> Result<Diagnosis> {
 
 /// The agent's pid, if it runs.
 fn running_agent(context: &Context) -> Result<Option<u32>> {
-    let agent = Ledger::open(&context.state_dir)?.and_then(|ledger| ledger.agent());
-    let is_alive =
-        |pid, start_time| Process::read(pid).is_ok_and(|process| process.alive && process.start_time == start_time);
-    Ok(agent.filter(|agent| is_alive(agent.pid, agent.start_time)).map(|agent| agent.pid))
+    Ok(Ledger::open(&context.state_dir)?.and_then(|ledger| ledger.agent()).map(|agent| agent.pid))
 }
 
 fn one(target: &Target, peer: Option<SocketAddr>, context: &Context) -> Result<Diagnosis> {

@@ -14,7 +14,7 @@ use crate::deadline::Deadline;
 /// Leave the counters out of the dump: they are the largest part of it, and not needed.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// Answer with the routing table's entry (Linux 4.13).
-pub(super) const RTM_F_FIB_MATCH: u32 = 0x2000;
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 const IFA_F_TEMPORARY: u32 = 0x01;
 const IFA_F_DADFAILED: u32 = 0x08;
@@ -25,8 +25,8 @@ const IFA_F_PERMANENT: u32 = 0x80;
 /// Public addresses that no interface's own network contains: the abandoned 6to4 anycast prefix (RFC 7526) and the
 /// newer documentation prefix (RFC 9637). What leads there is a default route, or as good as one. The well-known
 /// documentation networks do not serve: people number their test networks with them. Nothing is ever sent.
-pub(super) const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
-pub(super) const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
+const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
+const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -253,26 +253,40 @@ impl Route {
 
     /// The interface of the route that the kernel finds, `ifindex` if that is one of several; `None` if it names none.
     fn look_up(&mut self, source: IpAddr, with_source: bool, ifindex: u32) -> Result<Option<u32>> {
-        let (family, bits, destination, flags) = match source {
-            // Asked for the table's entry, the kernel cannot answer with the one that it makes up where an interface
-            // is given and no route found ("assume, that the destination is on link", `ip_route_output_key_hash_rcu`).
-            IpAddr::V4(_) => (libc::AF_INET, 32, ELSEWHERE_V4, RTM_F_FIB_MATCH),
-            IpAddr::V6(_) => (libc::AF_INET6, 128, ELSEWHERE_V6, 0),
-        };
-        let mut info = [0; 12];
-        info[0] = family as u8;
-        info[1] = bits;
-        info[2] = if with_source { bits } else { 0 };
-        info[8..12].copy_from_slice(&u32::to_ne_bytes(flags));
-        let mut body =
-            Body::new(&info).address(libc::RTA_DST, destination).attribute(libc::RTA_OIF, &ifindex.to_ne_bytes());
-        if with_source {
-            body = body.address(libc::RTA_SRC, source);
-        }
+        let body = look_up_body(source, with_source, None, Some(ifindex));
         let interfaces =
             self.connection.request(libc::RTM_GETROUTE, &body, |payload| parse_interfaces(payload).map(Some))?.concat();
         Ok(interfaces.iter().find(|&&i| i == ifindex).or(interfaces.first()).copied())
     }
+}
+
+/// The question for the route of a packet from `source`, to `destination` or else to the world outside, bound to the
+/// interface or to none.
+pub(super) fn look_up_body(
+    source: IpAddr,
+    with_source: bool,
+    destination: Option<IpAddr>,
+    ifindex: Option<u32>,
+) -> Body {
+    let (family, bits, elsewhere, flags) = match source {
+        // Asked for the table's entry, the kernel cannot answer with the one that it makes up where an interface
+        // is given and no route found ("assume, that the destination is on link", `ip_route_output_key_hash_rcu`).
+        IpAddr::V4(_) => (libc::AF_INET, 32, ELSEWHERE_V4, RTM_F_FIB_MATCH),
+        IpAddr::V6(_) => (libc::AF_INET6, 128, ELSEWHERE_V6, 0),
+    };
+    let mut info = [0; 12];
+    info[0] = family as u8;
+    info[1] = bits;
+    info[2] = if with_source { bits } else { 0 };
+    info[8..12].copy_from_slice(&u32::to_ne_bytes(flags));
+    let mut body = Body::new(&info).address(libc::RTA_DST, destination.unwrap_or(elsewhere));
+    if let Some(ifindex) = ifindex {
+        body = body.attribute(libc::RTA_OIF, &ifindex.to_ne_bytes());
+    }
+    if with_source {
+        body = body.address(libc::RTA_SRC, source);
+    }
+    body
 }
 
 /// The interfaces that an RTM_NEWROUTE message (after `struct nlmsghdr`) names: one, or one per next hop.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, ensure};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::route::{ELSEWHERE_V4, ELSEWHERE_V6, RTM_F_FIB_MATCH};
+use super::route::look_up_body;
 use super::{Body, Connection, array, attributes, errno, header, ip};
 use crate::deadline::Deadline;
 
@@ -168,23 +168,7 @@ impl Ways {
         destination: Option<IpAddr>,
         interface: Option<u32>,
     ) -> Result<Option<Hop>> {
-        // The table's entry: see `Route::usable_route`.
-        let (family, bits, elsewhere, flags) = match source {
-            IpAddr::V4(_) => (libc::AF_INET, 32, ELSEWHERE_V4, RTM_F_FIB_MATCH),
-            IpAddr::V6(_) => (libc::AF_INET6, 128, ELSEWHERE_V6, 0),
-        };
-        let mut info = [0; 12];
-        info[0] = family as u8;
-        info[1] = bits;
-        info[2] = if with_source { bits } else { 0 };
-        info[8..12].copy_from_slice(&u32::to_ne_bytes(flags));
-        let mut body = Body::new(&info).address(libc::RTA_DST, destination.unwrap_or(elsewhere));
-        if let Some(interface) = interface {
-            body = body.attribute(libc::RTA_OIF, &interface.to_ne_bytes());
-        }
-        if with_source {
-            body = body.address(libc::RTA_SRC, source);
-        }
+        let body = look_up_body(source, with_source, destination, interface);
         let entries = self.connection.request(libc::RTM_GETROUTE, &body, |payload| Entry::parse(payload).map(Some));
         let entries = match entries {
             Ok(entries) => entries,
