@@ -1,10 +1,12 @@
 //! The verb `apply`: from a call to a kernel that is as asked for and a ledger that says so, or to nothing changed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::context::Context;
+use crate::deadline::Deadline;
 use crate::error::{exit_status, refused, usage};
 use crate::front::{Apply, Place};
 use crate::instance::{self, Instance, Process};
@@ -13,10 +15,14 @@ use crate::kernel::{self, Change, Facts, Kernel, RouteState, Seen, sysctl};
 use crate::ledger::record::{Conflict, ConflictOutcome, OwnedSetting, Record, Scope, VERSION, Writer};
 use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
-use crate::plan::{Holder, HostSetting, Input, Plan, scope};
+use crate::plan::{Holder, HostSetting, Input, Plan, is_learnt, rp_filters, scope, to_look_up};
 use crate::release::{self, Whose};
 use crate::request::setting::{self, SettingKey};
 use crate::request::{Request, Routes};
+
+/// How long the agent looks for ways out in one container: some sixteen look-ups for each interface, which take less than a
+/// millisecond in all.
+const WAYS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What came of it.
 pub enum Done {
@@ -52,7 +58,10 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
                 outcome: ConflictOutcome::Refused,
                 reason: reason.into(),
             };
-            Ledger::create(&context.state_dir)?.record_conflicts(&[conflict])?;
+            return Err(refusal(
+                reason,
+                Ledger::create(&context.state_dir).and_then(|l| l.record_conflicts(&[conflict])),
+            ));
         }
         return Err(refused(reason));
     }
@@ -71,15 +80,20 @@ pub fn apply(call: Apply, context: &Context, dry_run: bool) -> Result<Done> {
         netns_path: call.netns_path.clone(),
     };
     let Some((kind, kernel)) = kernel::open(visit, context.deadline)? else {
-        bail!(
-            "this kernel ({}) has no MPTCP: neither net.mptcp.enabled nor /proc/net/mptcp_net is there",
-            kernel::release()
-        );
+        bail!(kernel::without_mptcp());
     };
     let work = Work { call, context, instance, kernel, kind, follows: None };
     match ledger {
         Some(ledger) if !dry_run => work.run(&ledger),
         ledger => work.only_plan(ledger.as_ref()),
+    }
+}
+
+/// A refusal stays one where it could not be recorded: `on-error` must not start the container.
+fn refusal(reason: &str, recorded: Result<()>) -> anyhow::Error {
+    match recorded {
+        Ok(()) => refused(reason),
+        Err(error) => refused(format!("{reason}; it could not be recorded: {error:#}")),
     }
 }
 
@@ -113,7 +127,7 @@ pub fn follow(
     if visit.id()? != instance.netns {
         return Ok(Followed::Gone);
     }
-    let Some((kind, kernel)) = kernel::open(visit, context.deadline)? else { bail!("the kernel's MPTCP is gone") };
+    let Some((kind, kernel)) = kernel::open(visit, context.deadline)? else { bail!(kernel::without_mptcp()) };
     let call = Apply {
         container: instance.container.clone(),
         place: Place::Inside(instance.pid),
@@ -163,6 +177,18 @@ struct Pace {
     hurries: bool,
 }
 
+/// The container that is followed has ended in the middle of the work.
+#[derive(Debug)]
+struct Ended;
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the container's init has ended")
+    }
+}
+
+impl std::error::Error for Ended {}
+
 /// How far the steps have come.
 #[derive(Default)]
 struct Progress {
@@ -178,7 +204,36 @@ struct Known {
     /// The same, if it speaks of this namespace.
     previous: Option<Record>,
     host: HostSide,
+    /// When the one of the siblings was written that was written last.
+    newest_sibling: u64,
     plan: Plan,
+}
+
+impl Known {
+    /// What was in force before this work, and what hooks were about since then that were killed, each once.
+    fn earlier(&self) -> (Option<Record>, Vec<Record>) {
+        let mut versions: Vec<Record> = Vec::new();
+        for version in self.record.iter().flat_map(Record::versions) {
+            let mut version = Record { at_work: None, ..version.clone() };
+            if self.previous.is_none() {
+                // Of another namespace: only its claims on the host's values are there to be settled.
+                version.interfaces.clear();
+                version.leaving.clear();
+                version.leaving_tables.clear();
+                version.limits = None;
+                version.settings.retain(|owned| owned.scope == Scope::Host);
+            }
+            versions.push(version);
+        }
+        let before = versions.pop();
+        let mut killed: Vec<Record> = Vec::new();
+        for version in versions {
+            if !killed.iter().any(|newer| newer.owns_the_same(&version)) {
+                killed.push(version);
+            }
+        }
+        (before, killed)
+    }
 }
 
 /// What the ledger has of the host-wide settings that are asked for.
@@ -238,12 +293,21 @@ impl Work<'_> {
         self.call.request = record.request;
         let known = self.plan(Some(ledger), None)?;
         let before = known.record.clone();
-        match self.round(ledger, &[], &known)? {
+        let done = match self.round(ledger, &[], &known, false) {
+            // The release finishes what is half done.
+            Err(error) if error.is::<Ended>() => return Ok(Followed::Gone),
+            done => done?,
+        };
+        match done {
             Done::Applied(record, _) => {
                 let waits = !known.plan.put_off.is_empty();
                 let lacks_route = record.interfaces.iter().any(|interface| interface.route == RouteState::Missing);
-                let wants_routes = waits || lacks_route;
-                Ok(Followed::Kept { news: news(before.as_ref(), &record), waits, wants_routes })
+                let learns = |interface| is_learnt(&self.context.policy, &record.request, interface);
+                let learns = record.interfaces.iter().any(learns);
+                let wants_routes = waits || lacks_route || learns;
+                let mut news = news(before.as_ref(), &record);
+                news.extend(known.plan.conflicts.into_iter().map(|conflict| conflict.reason));
+                Ok(Followed::Kept { news, waits, wants_routes })
             }
             Done::Nothing(_) | Done::Planned(..) => Ok(Followed::Gone),
         }
@@ -305,15 +369,20 @@ impl Work<'_> {
         if request.patterns().into_values().any(|(_, flags)| flags.is_off()) {
             facts.default_route_links = self.kernel.default_route_links()?;
         }
-        let routes = request.asked_routes().is_some_and(|(_, routes)| routes == Routes::Auto);
-        if routes || record.as_ref().is_some_and(Record::has_routing) {
+        let wants_routes = request.asked_routes().is_some_and(|(_, routes)| routes == Routes::Auto);
+        if wants_routes || record.as_ref().is_some_and(Record::has_routing) {
             facts.routing = Some(self.kernel.routing()?);
         }
-        if self.follows.is_some() || routes {
-            let is_known = |ip| !routes && facts.endpoints.iter().any(|endpoint| endpoint.address == ip);
-            for address in facts.addresses.iter().filter(|address| address.is_usable() && !is_known(address.ip)) {
-                let way_out = self.kernel.route(address.ip, address.ifindex)?;
-                facts.routes.insert((address.ip, address.ifindex), way_out);
+        if self.follows.is_some_and(|pace| !pace.hurries) || wants_routes {
+            self.look_up_ways(&request, wants_routes, &mut facts)?;
+        }
+        if !facts.elsewhere.is_empty() {
+            let names = facts.links.iter().filter(|link| facts.elsewhere.iter().any(|(_, index)| *index == link.index));
+            let mut filters: Vec<SettingKey> = names.flat_map(|link| rp_filters(&link.name)).collect();
+            filters.sort();
+            filters.dedup();
+            for (key, seen) in self.kernel.settings(&filters)? {
+                facts.settings.entry(key).or_insert(seen);
             }
         }
         let (siblings, mut departed) = match ledger {
@@ -342,7 +411,32 @@ impl Work<'_> {
             follows: self.follows.is_some(),
             hurries: self.follows.is_some_and(|pace| pace.hurries),
         })?;
-        Ok(Known { request, record, previous, host, plan })
+        let newest_sibling = siblings.iter().map(|sibling| sibling.time).max().unwrap_or_default();
+        Ok(Known { request, record, previous, host, newest_sibling, plan })
+    }
+
+    /// Looks for the ways out of the addresses that may get an endpoint, or have one and get a way out.
+    fn look_up_ways(&mut self, request: &Request, wants_routes: bool, facts: &mut Facts) -> Result<()> {
+        let deadline = match self.follows {
+            // Others wait for the agent.
+            Some(_) => Deadline::after(WAYS_PATIENCE),
+            None => self.context.deadline,
+        };
+        let is_known = |ip| !wants_routes && facts.has_endpoint(ip);
+        let addresses: Vec<_> = to_look_up(request, facts).into_iter().filter(|(ip, _)| !is_known(*ip)).collect();
+        for (done, (ip, index)) in addresses.iter().enumerate() {
+            if deadline.over() {
+                bail!(
+                    "the ways out of {} addresses could not be looked up in time ({done} were); ask for fewer interfaces",
+                    addresses.len()
+                );
+            }
+            facts.routes.insert((*ip, *index), self.kernel.route(*ip, *index)?);
+            if wants_routes && self.kernel.leaves_elsewhere(*ip, *index)? {
+                facts.elsewhere.insert((*ip, *index));
+            }
+        }
+        Ok(())
     }
 
     /// Reads the ledger's pages on the host-wide settings of the request. What a killed hook or dead containers left
@@ -375,7 +469,11 @@ impl Work<'_> {
             let is_leaving = own.as_ref().is_some_and(|own| !own.instance.is_same_life(&self.instance))
                 && self.context.policy.allows_setting(&wish.source, key, wanted, Scope::Host).is_err();
             let as_wanted = equal && !is_leaving;
-            let Some(setting) = (if as_wanted { page.read_value()? } else { page.read()? }) else { continue };
+            let Some(mut setting) = (if as_wanted { page.read_value()? } else { page.read()? }) else { continue };
+            if as_wanted && actual.is_some_and(|actual| !setting.is(actual)) {
+                // It is as wanted by somebody else's change, which concerns whoever relies on ours.
+                setting = page.read()?.unwrap_or(setting);
+            }
             side.own_claims.extend(own.map(|claim| (key.clone(), claim)));
             if let Some(back) = setting.left_behind(&self.instance.boot_id).filter(|_| !as_wanted) {
                 left_behind.push((key.clone(), back.to_string()));
@@ -389,8 +487,7 @@ impl Work<'_> {
                 let keys = std::slice::from_ref(&key);
                 let drifted = release::give_up_claims(ledger, self.kernel.as_mut(), &self.instance, keys, Whose::Dead)?;
                 ledger.record_conflicts(&drifted)?;
-                // Only this one: of the others that are read in any case, some are as they would be.
-                facts.settings.extend(self.kernel.facts(keys)?.settings.remove_entry(&key));
+                facts.settings.extend(self.kernel.settings(keys)?);
                 side.settings.remove(&key);
                 side.pages.remove(&key);
                 if let Some(setting) = ledger.setting(&key).read()? {
@@ -434,7 +531,7 @@ impl Work<'_> {
     fn forget_locks(&self, ledger: &Ledger, locks: &Locks, keys: &[SettingKey]) {
         let container = self.instance.container.key();
         let _ = ledger.discard_setting_locks(locks, keys);
-        if matches!(ledger.record(&container), Ok(None)) {
+        if !ledger.has_record(&container) {
             let _ = ledger.discard_locks(locks, &container, &self.instance.netns);
         }
     }
@@ -452,6 +549,7 @@ impl Work<'_> {
             instance: self.instance.clone(),
             request: known.request.clone(),
             leaving: if at_work.is_some() { known.plan.leaving.clone() } else { Vec::new() },
+            leaving_tables: if at_work.is_some() { known.plan.leaving_tables.clone() } else { BTreeSet::new() },
             at_work,
             interfaces: known.plan.interfaces.clone(),
             limits: known.plan.limits,
@@ -459,59 +557,54 @@ impl Work<'_> {
             warnings,
             lasting_warnings,
             unsettled: known.plan.unsettled,
-            time: ledger::nanoseconds(),
+            time: ledger::nanoseconds_after(known.newest_sibling),
         }
     }
 
     fn carry_out(mut self, ledger: &Ledger, locks: &Locks, keys: &[SettingKey], known: Known) -> Result<Done> {
-        let done = self.round(ledger, keys, &known);
+        let done = self.round(ledger, keys, &known, false);
         if done.is_err() {
             self.forget_locks(ledger, locks, keys);
         }
         done
     }
 
-    /// Carries a plan out or undoes it. Module parameters that come with its path manager take a second round.
-    fn round(&mut self, ledger: &Ledger, keys: &[SettingKey], known: &Known) -> Result<Done> {
+    /// Carries a plan out or undoes it. Module parameters that come with its path manager take a second round, and so
+    /// does a strict `rp_filter`, which is looked at with the rules in place.
+    fn round(&mut self, ledger: &Ledger, keys: &[SettingKey], known: &Known, is_last: bool) -> Result<Done> {
         if let Some(reason) = known.plan.refusal() {
-            return Err(match ledger.record_conflicts(&known.plan.conflicts) {
-                Ok(()) => refused(reason),
-                Err(error) => refused(format!("{reason}; it could not be recorded: {error:#}")),
-            });
+            return Err(refusal(&reason, ledger.record_conflicts(&known.plan.conflicts)));
         }
         if known.plan.steps.is_empty() {
             // Perhaps there is nothing to do at all: the same start twice.
             let mut same = self.record(known, None);
             self.complete(&mut same)?;
-            // A release that was killed may have struck claims and left the record.
+            // A release that was killed may have struck claims and left the record; or somebody else has written the value.
             let claims_stand = known.plan.claims.iter().all(|claim| {
                 let own = known.host.own_claims.get(&claim.key);
-                own.is_some_and(|own| setting::same(&claim.key, &own.value, &claim.value))
+                !claim.is_foreign && own.is_some_and(|own| setting::same(&claim.key, &own.value, &claim.value))
             });
             if claims_stand && known.record.as_ref().is_some_and(|record| record.says_the_same(&same)) {
                 return Ok(Done::Applied(Box::new(same), false));
             }
         }
         let (pid, process) = Process::own()?;
-        // Of an interrupted record, what was in force before it.
-        let mut before = known.record.as_ref().and_then(|record| record.versions().last().cloned()).map(Box::new);
-        if let Some(before) = before.as_mut().filter(|_| known.previous.is_none()) {
-            // Of another namespace: only its claims on the host's values are there to be settled.
-            before.interfaces.clear();
-            before.leaving.clear();
-            before.limits = None;
-            before.settings.retain(|owned| owned.scope == Scope::Host);
-        }
-        let at_work = Writer { pid, start_time: process.start_time, follows: self.follows.is_some(), before };
+        let (before, killed) = known.earlier();
+        let follows = self.follows.is_some();
+        let at_work = Writer { pid, start_time: process.start_time, follows, before: before.map(Box::new), killed };
         let mut progress = Progress::default();
         let done = self.work(ledger, known, at_work, &mut progress).and_then(|record| {
-            if known.plan.deferred.is_empty() {
-                return Ok(Done::Applied(Box::new(record), !known.plan.steps.is_empty()));
+            let changed = !known.plan.steps.is_empty();
+            if known.plan.deferred.is_empty() && (is_last || !known.plan.looks_again) {
+                return Ok(Done::Applied(Box::new(record), changed));
             }
             let second = self.plan(Some(ledger), Some(keys))?;
-            self.round(ledger, keys, &second)
+            Ok(match self.round(ledger, keys, &second, true)? {
+                Done::Applied(record, _) => Done::Applied(record, changed),
+                other => other,
+            })
         });
-        done.map_err(|error| self.undo(ledger, known, &progress, error))
+        done.map_err(|error| if error.is::<Ended>() { error } else { self.undo(ledger, known, &progress, error) })
     }
 
     /// Announces, does, reads back, writes down.
@@ -520,12 +613,19 @@ impl Work<'_> {
         ledger.write_record(&self.record(known, Some(at_work)))?;
         for claim in &plan.claims {
             if let Some(written) = &claim.written {
-                ledger.setting(&claim.key).intend(&self.instance, &claim.key, &written.before, &claim.value)?;
+                let newest = known.host.pages.get(&claim.key).map_or(0, Setting::newest);
+                let overtook = claim.is_foreign.then_some(newest);
+                let page = ledger.setting(&claim.key);
+                page.intend(&self.instance, &claim.key, &written.before, &claim.value, overtook)?;
             }
         }
         // Before the kernel is changed: whoever finishes it after a kill sees no conflict any more.
         ledger.record_conflicts(&plan.conflicts)?;
         for step in &plan.steps {
+            // A deletion takes some 15 ms each, in a namespace that is kept by nothing but our being there.
+            if self.follows.is_some() && !self.instance.is_alive(&self.instance.boot_id) {
+                return Err(Ended.into());
+            }
             progress.begun += 1;
             self.kernel.perform(&step.change).with_context(|| format!("asked for by {}", step.why))?;
             progress.finished += 1;
@@ -563,7 +663,7 @@ impl Work<'_> {
                 let route = self.kernel.route(owned.address, owned.index)?;
                 if route == RouteState::Missing {
                     record.warnings.push(format!(
-                        "{}: no route out for packets from {}; subflows there will hang (add a default route by {0} with a higher metric, or ip rule from {1})",
+                        "{}: no route out for packets from {}; subflows there will hang (--routes auto gives {0} one, or add a default route by {0} with a higher metric, or ip rule from {1})",
                         interface.name, owned.address
                     ));
                 }
@@ -636,9 +736,13 @@ impl Work<'_> {
         let mut left: Vec<OwnedSetting> = Vec::new();
         for owned in earlier.filter(|owned| owned.scope == Scope::Host && owned.claimed) {
             let is_known = known.plan.claims.iter().map(|claim| &claim.key).chain(left.iter().map(|own| &own.key));
-            if is_known.into_iter().all(|key| *key != owned.key)
-                && ledger.setting(&owned.key).claim_of(&container)?.is_some()
-            {
+            if is_known.into_iter().any(|key| *key == owned.key) {
+                continue;
+            }
+            let page = ledger.setting(&owned.key);
+            // A hook that was killed early has left a value without any claim.
+            let is_nobodys = || page.read().map(|setting| setting.is_some_and(|setting| setting.claims.is_empty()));
+            if page.claim_of(&container)?.is_some() || is_nobodys()? {
                 left.push(owned.clone());
             }
         }
@@ -662,19 +766,22 @@ impl Work<'_> {
     }
 }
 
-/// What the record has of its interfaces that was not there before: `eth1: 10.0.2.7 came (applied)`.
+/// What the record has of its interfaces and limits that was not there before: `eth1: 10.0.2.7 came (applied)`.
 fn news(before: Option<&Record>, now: &Record) -> Vec<String> {
     let last = |record: &Record, name: &str| {
         record.interfaces.iter().find(|interface| interface.name == name).and_then(|interface| interface.last.clone())
     };
     let is_new = |name: &str| last(now, name) != before.and_then(|before| last(before, name));
     let changed = now.interfaces.iter().filter(|interface| is_new(&interface.name));
-    changed
-        .filter_map(|interface| {
-            let what = &interface.last.as_ref()?.what;
-            Some(format!("{}: {what} ({})", interface.name, interface.state.name()))
-        })
-        .collect()
+    let interfaces = changed.filter_map(|interface| {
+        let what = &interface.last.as_ref()?.what;
+        Some(format!("{}: {what} ({})", interface.name, interface.state.name()))
+    });
+    let corrected = |record: &Record| record.limits.and_then(|limits| limits.corrected);
+    let put_back = now.limits.filter(|_| corrected(now).is_some() && corrected(now) != before.and_then(corrected));
+    let limits =
+        put_back.map(|limits| format!("the limits were put back to {} after somebody changed them", limits.set));
+    interfaces.chain(limits).collect()
 }
 
 #[cfg(test)]

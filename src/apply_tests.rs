@@ -191,6 +191,22 @@ impl World {
         Work { call, context: &context, instance, kernel, kind: self.host.kind(), follows: None }.run(&ledger)
     }
 
+    /// The agent looks at it, in a hurry.
+    fn follow(&self, container: &Container) -> Result<Followed> {
+        let call = Apply {
+            container: container.id.clone(),
+            place: Place::Inside(None),
+            netns_path: None,
+            request: Request::default(),
+            notes: Vec::new(),
+        };
+        let context = self.context();
+        let ledger = Ledger::create(&context.state_dir)?;
+        let kernel = Box::new(self.host.kernel(container.netns.inode));
+        let (instance, follows) = (container.instance(), Some(Pace { hurries: true }));
+        Work { call, context: &context, instance, kernel, kind: self.host.kind(), follows }.follow(&ledger)
+    }
+
     /// Applies what must succeed. Whether anything was changed.
     fn applied(&self, container: &Container, asked: &[Asked]) -> (Record, bool) {
         match self.apply(container, asked).unwrap() {
@@ -1219,4 +1235,34 @@ fn limits_that_somebody_changed_since_are_theirs() {
     world.host.netns(web.netns.inode, |netns| netns.limits = Some(theirs));
     world.released(&web);
     assert_eq!(world.host.netns(web.netns.inode, |netns| netns.limits), Some(theirs));
+}
+
+#[test]
+fn the_agent_stops_in_the_middle_when_the_container_ends() {
+    let world = World::upstream();
+    let web = world.container("web");
+    let inode = web.netns.inode;
+    for last in 3..8 {
+        world.host.add_address(inode, 3, &format!("10.0.2.{last}"));
+    }
+    world.applied(&web, &[interface("eth1", "backup")]);
+    // All addresses go, and with the second endpoint the container.
+    world.host.netns(inode, |netns| netns.addresses.retain(|address| address.ifindex != 3));
+    let pid = web.process.borrow().id();
+    let end = move |_: &FakeHost| {
+        let start_time = Process::read(pid).unwrap().start_time;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL).unwrap();
+        while Process::lives(pid, start_time) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    world.host.fault(2, Fault::After(Box::new(end)));
+    let done = world.host.changes().len();
+    assert!(matches!(world.follow(&web).unwrap(), Followed::Gone));
+    let changes = world.host.changes().split_off(done);
+    assert_eq!(changes.len(), 2, "nothing more, and nothing is undone: {changes:?}");
+    // The rest goes with the namespace, and the record with the release.
+    world.host.remove_netns(inode);
+    assert!(matches!(world.release(&web, Cause::Stale).unwrap(), release::Done::Released(..)));
+    assert_eq!(world.files(), BTreeMap::new());
 }

@@ -1,7 +1,7 @@
 //! The command line: one table of flags, from which the parser and the help texts come.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,7 +9,6 @@ use std::time::Duration;
 use anyhow::Result;
 use lexopt::Arg;
 
-use crate::capture::Capture;
 use crate::error::{shown, usage};
 use crate::request::{self, Rank, Source, What, Wish};
 
@@ -22,6 +21,23 @@ pub enum Target {
     Pid(u32),
     /// `--netns`.
     Netns(PathBuf),
+}
+
+/// What is to be captured, and until when.
+#[derive(Debug)]
+pub struct Capture {
+    /// Where.
+    pub target: Target,
+    /// As JSON.
+    pub json: bool,
+    /// Packets with no MPTCP option but DSS, too.
+    pub dss: bool,
+    /// After so many packets it ends.
+    pub count: Option<u64>,
+    /// After this time it ends.
+    pub duration: Option<Duration>,
+    /// A file for the packets.
+    pub write: Option<PathBuf>,
 }
 
 /// What is to be done.
@@ -50,8 +66,11 @@ pub enum Action {
     ReleaseStale,
     /// Mend the ledger.
     Repair,
-    /// Follow containers.
-    Agent,
+    /// Follow containers. With `wait`, after the end of an agent that runs already.
+    Agent {
+        /// `--wait`.
+        wait: bool,
+    },
     /// Look for what is wrong.
     Doctor {
         /// With which container; none for the host.
@@ -172,7 +191,7 @@ const VERBS: [VerbHelp; 9] = [
     VerbHelp {
         verb: Verb::Agent,
         name: "agent",
-        usage: "mptcp-hook agent",
+        usage: "mptcp-hook agent [--wait]",
         what: "Keeps running containers as they were asked for while links and addresses come and go, and lets them go when\n\
                their init has ended. One for the host; a hook starts it where it is needed (--follow), under systemd its\n\
                unit does. It ends by itself a minute after the last container that needs it.",
@@ -225,6 +244,7 @@ enum Id {
     Write,
     Stale,
     Watch,
+    Wait,
     Probe,
     Config,
     StateDir,
@@ -343,6 +363,13 @@ const FLAGS: &[Flag] = &[
     flag(Id::Stale, "stale", None, &[Verb::Release], "All containers that are dead."),
     flag(Id::Watch, "watch", None, &[Verb::Status], "Update in place, once a second."),
     flag(
+        Id::Wait,
+        "wait",
+        None,
+        &[Verb::Agent],
+        "If an agent runs already, wait for its end and take over, as systemd's unit does, instead of ending.",
+    ),
+    flag(
         Id::Probe,
         "probe",
         Some("HOST:PORT"),
@@ -459,6 +486,7 @@ struct Read {
     write: Option<PathBuf>,
     stale: bool,
     watch: bool,
+    wait: bool,
     probe: Option<SocketAddr>,
 }
 
@@ -476,6 +504,7 @@ impl Default for Read {
             write: None,
             stale: false,
             watch: false,
+            wait: false,
             probe: None,
         }
     }
@@ -536,14 +565,25 @@ impl Read {
                 self.watch = true;
                 return Ok(());
             }
+            Id::Wait => {
+                self.wait = true;
+                return Ok(());
+            }
             Id::Probe => {
-                let address = value.parse().map_err(|_| {
+                let address: SocketAddr = value.parse().map_err(|_| {
                     usage(format!(
                         "{}: it has the form ADDRESS:PORT, such as 192.0.2.10:80 or [2001:db8::10]:80; names are not looked up",
                         said()
                     ))
                 })?;
-                self.probe = Some(address);
+                let ip = address.ip().to_canonical();
+                if matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
+                    return Err(usage(format!(
+                        "{}: a link-local address is on one link alone, and there is one path to it; name an address that all paths lead to",
+                        said()
+                    )));
+                }
+                self.probe = Some(SocketAddr::new(ip, address.port()));
                 return Ok(());
             }
             Id::Config | Id::StateDir | Id::Help | Id::Version | Id::NotBuilt => return Ok(()),
@@ -607,7 +647,7 @@ impl Read {
             },
             Verb::Status if self.json && self.watch => return Err(usage("choose one: --json or --watch")),
             Verb::Status => Action::Status { name, json: self.json, watch: self.watch },
-            Verb::Agent => Action::Agent,
+            Verb::Agent => Action::Agent { wait: self.wait },
             Verb::Doctor if self.probe.is_some() && self.target.is_none() => {
                 return Err(usage(format!("--probe opens a connection from inside a container: {}", no_target())));
             }
@@ -756,6 +796,12 @@ mod tests {
         assert_eq!(doctor("doctor --pid 12 --json"), (Some(Target::Pid(12)), None, true));
         let (target, probe, _) = doctor("doctor web --probe [2001:db8::1]:80");
         assert_eq!((target, probe), (Some(Target::Known("web".into())), Some("[2001:db8::1]:80".parse().unwrap())));
+        // As the kernel lists it.
+        let (_, probe, _) = doctor("doctor web --probe [::ffff:10.0.0.1]:80");
+        assert_eq!(probe, Some("10.0.0.1:80".parse().unwrap()));
+        for on_one_link in ["[fe80::1%2]:80", "[fe80::1]:80"] {
+            assert!(error(&format!("doctor web --probe {on_one_link}")).contains("link-local"), "{on_one_link}");
+        }
         assert!(error("doctor --probe 10.0.0.1:80").contains("name the container"));
         for wrong in ["10.0.0.1", "example.org:80", "10.0.0.1:99999", ":80"] {
             assert!(error(&format!("doctor web --probe {wrong}")).contains("ADDRESS:PORT"), "{wrong}");

@@ -1,6 +1,7 @@
 //! What every verb needs to know about the run itself.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -23,15 +24,16 @@ pub struct Context {
 }
 
 impl Context {
-    /// Reads the policy. Nothing comes from the environment.
-    pub fn new(globals: &Globals) -> Result<Self> {
+    /// Reads the policy. Nothing comes from the environment. The policy's deadline counts from `start`: for a hook, that is
+    /// its own, since the engine's patience counts from there.
+    pub fn new(globals: &Globals, start: Instant) -> Result<Self> {
         let initial_user_namespace = in_initial_user_namespace();
         let path = globals.config.as_deref().unwrap_or(Path::new(policy::CONFIG_FILE));
         let policy = config::load(path, globals.config.is_some(), initial_user_namespace)?;
         let state_dir = Self::state_dir(globals)?;
         let directory = path.parent().unwrap_or(Path::new("/")).join("containers.d");
         let containers = ContainerFiles { directory, initial_user_namespace };
-        Ok(Self { deadline: Deadline::after(policy.deadline), policy, state_dir, containers })
+        Ok(Self { deadline: Deadline::since(start, policy.deadline), policy, state_dir, containers })
     }
 
     /// The ledger's place, which no policy decides.

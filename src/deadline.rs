@@ -13,7 +13,12 @@ pub struct Deadline {
 impl Deadline {
     /// A deadline that is over when `time` has passed from now on.
     pub fn after(time: Duration) -> Self {
-        Self { end: Instant::now().checked_add(time) }
+        Self::since(Instant::now(), time)
+    }
+
+    /// A deadline that is over when `time` has passed since `start`.
+    pub fn since(start: Instant, time: Duration) -> Self {
+        Self { end: start.checked_add(time) }
     }
 
     /// The time that is left; zero when the deadline is over.
@@ -33,8 +38,8 @@ mod tests {
 
     #[test]
     fn time_runs_out() {
+        assert!(!Deadline::after(Duration::from_secs(3600)).over());
         let deadline = Deadline::after(Duration::from_millis(5));
-        assert!(!deadline.over());
         assert!(deadline.remaining() <= Duration::from_millis(5));
         std::thread::sleep(Duration::from_millis(6));
         assert!(deadline.over());

@@ -66,6 +66,18 @@ pub fn shown(text: &str) -> String {
     shown
 }
 
+/// The beginning of a text, at most `max` bytes of whole characters. (`str::floor_char_boundary` is newer than the oldest Rust
+/// that we build with.)
+pub fn beginning(text: &str, max: usize) -> &str {
+    let end = (0..=max.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    &text[..end.unwrap_or(0)]
+}
+
+/// A text that is cut, and shows it, where it is longer than `max` bytes.
+pub fn shortened(text: &str, max: usize) -> String {
+    if text.len() <= max { text.into() } else { format!("{}…", beginning(text, max)) }
+}
+
 /// The exit status that stands for `error`.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
     if error.is::<Refused>() {

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::front::lxc::Variables;
-use crate::kernel::netlink::{Answer, mptcp_pm, route};
+use crate::kernel::netlink::{Answer, mptcp_pm};
 use crate::policy::{Policy, config, container_file};
 use crate::request::Wish;
 
@@ -36,11 +36,6 @@ pub fn netlink_answer(datagram: &[u8], sequence: u32, port: u32) -> Result<(Vec<
     let mut answer = Answer::default();
     answer.read(datagram, sequence, port, |payload| Ok(Some(payload.to_vec())))?;
     Ok((answer.found, answer.complete))
-}
-
-/// The interfaces that an RTM_NEWROUTE message names.
-pub fn route_interfaces(payload: &[u8]) -> Result<Vec<u32>> {
-    route::parse_interfaces(payload)
 }
 
 /// The message type in the answer to CTRL_CMD_GETFAMILY.

@@ -1,16 +1,21 @@
 //! Which life of which container: ids, pids and namespace inodes are used again, all of them together are not.
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::deadline::Deadline;
 use crate::error::{shown, usage};
 use crate::kernel::netns::{Namespace, NetnsId};
-use crate::kernel::sysctl::read_text;
+use crate::kernel::sysctl;
+use crate::sys;
 
 /// The longest container id that is taken; engines use 64 hexadecimal digits, LXC a file name.
 const ID_MAX: usize = 128;
@@ -116,7 +121,7 @@ impl Instance {
                     // Not readable for everybody; then pid and start time have to do.
                     && netns_inode(&format!("/proc/{pid}/ns/net")).is_none_or(|inode| inode == self.netns.inode)
             }),
-            (None, Some(path)) => netns_inode(path) == Some(self.netns.inode),
+            (None, Some(path)) => self.netns.is_at(Path::new(path)),
             (None, None) => false,
         }
     }
@@ -150,14 +155,15 @@ impl Instance {
     }
 }
 
-fn netns_inode(path: &str) -> Option<u64> {
+/// The inode number of the network namespace at this path, if it can be seen.
+pub fn netns_inode(path: &str) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(path).ok().map(|meta| meta.ino())
 }
 
 /// This boot's id. A ledger of an earlier boot holds nothing.
 pub fn boot_id() -> Result<String> {
-    read_text("/proc/sys/kernel/random/boot_id")
+    sysctl::read(Path::new("/proc/sys/kernel/random/boot_id"))
         .context("cannot read /proc/sys/kernel/random/boot_id; is /proc mounted?")
 }
 
@@ -175,9 +181,14 @@ impl Process {
     pub fn read(pid: u32) -> Result<Self> {
         let path = format!("/proc/{pid}/stat");
         let text = File::open(&path)
-            .and_then(|file| crate::kernel::sysctl::read_small(file, 4096))
+            .and_then(|file| sysctl::read_small(file, 4096))
             .with_context(|| format!("there is no process {pid} (reading {path})"))?;
         Self::parse(&String::from_utf8_lossy(&text)).with_context(|| format!("{path} has an unknown form"))
+    }
+
+    /// Whether the process with this pid is alive and is the one that started then.
+    pub fn lives(pid: u32, start_time: u64) -> bool {
+        Self::read(pid).is_ok_and(|process| process.alive && process.start_time == start_time)
     }
 
     /// The calling process, with its pid as `/proc` has it: inside a container's pid namespace that is another one
@@ -195,6 +206,53 @@ impl Process {
         let flags: u32 = fields.nth(5)?.parse().ok()?;
         let start_time = fields.nth(12)?.parse().ok()?;
         Some(Self { alive: !matches!(state, "Z" | "X" | "x") && flags & PF_EXITING == 0, start_time })
+    }
+}
+
+/// The pids that there are now; None if they cannot be listed.
+pub fn processes() -> Option<HashSet<u32>> {
+    let entries = std::fs::read_dir("/proc").ok()?;
+    Some(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Tells of the end of one process, whoever has its pid afterwards.
+#[derive(Debug)]
+pub enum Lifeline {
+    /// Becomes readable then (pidfd_open(2), Linux 5.3).
+    Pidfd(OwnedFd),
+    /// `/proc/PID/stat`, which has to be read now and then: an open one belongs to the process, not to the pid.
+    Stat(File),
+}
+
+impl Lifeline {
+    /// The process's that has the pid now. Without a pidfd (an older kernel, or a filter of system calls that is older than
+    /// the program) it is the file.
+    pub fn of(pid: u32) -> Result<Self> {
+        let attempt = || format!("cannot wait for the end of process {pid}");
+        match sys::pidfd_open(pid) {
+            Ok(process) => Ok(Self::Pidfd(process)),
+            Err(Errno::ENOSYS | Errno::EPERM) => {
+                File::open(format!("/proc/{pid}/stat")).map(Self::Stat).with_context(attempt)
+            }
+            Err(error) => Err(error).with_context(attempt),
+        }
+    }
+
+    /// What to wait for; None if it has to be asked.
+    pub fn pidfd(&self) -> Option<&OwnedFd> {
+        match self {
+            Self::Pidfd(process) => Some(process),
+            Self::Stat(_) => None,
+        }
+    }
+
+    /// Whether the file says that the process has ended. Of a pidfd, poll(2) tells.
+    pub fn is_cut(&self) -> bool {
+        let Self::Stat(file) = self else { return false };
+        let mut text = [0; 1024];
+        // ESRCH: it is not even a zombie any more.
+        let length = file.read_at(&mut text, 0).unwrap_or(0);
+        !Process::parse(&String::from_utf8_lossy(&text[..length])).is_some_and(|process| process.alive)
     }
 }
 
@@ -237,6 +295,23 @@ mod tests {
         assert_eq!(Process::parse("12 (x) Z"), None);
         assert_eq!(Process::parse(""), None);
         assert!(Process::read(std::process::id()).unwrap().alive);
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_told_without_a_pidfd() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let path = format!("/proc/{}/stat", child.id());
+        let line = Lifeline::Stat(File::open(path).unwrap());
+        assert!(!line.is_cut());
+        assert!(!Lifeline::of(child.id()).unwrap().is_cut());
+        child.kill().unwrap();
+        let zombie = std::time::Instant::now();
+        while !line.is_cut() {
+            assert!(zombie.elapsed() < Duration::from_secs(5));
+        }
+        child.wait().unwrap();
+        assert!(line.is_cut());
+        assert!(Lifeline::of(child.id()).is_err());
     }
 
     #[test]

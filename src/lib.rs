@@ -45,15 +45,16 @@ mod sys;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use agent::start::Position;
 use cli::{Action, Globals, Verb};
 use context::Context;
 use deadline::Deadline;
 use front::{Apply, Call, command, lxc, oci};
+use kernel::Kind;
 use kernel::netns::own_user_namespace;
 use ledger::record::Failure;
 use ledger::{Following, Ledger};
@@ -72,14 +73,16 @@ const WATCH_PAUSE: Duration = Duration::from_secs(1);
 /// This is the whole program: call it before anything else, in a process of its own. It closes every descriptor beyond
 /// standard input, output and error, forgets the environment and gives up all capabilities.
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let start = Instant::now();
     let verb = cli::peek(&arguments);
     // Only LXC speaks through the environment. Gone is gone: no library reads it behind our back either.
     let variables = if verb == Some(Verb::Lxc) { lxc::Variables::take() } else { lxc::Variables::default() };
     sys::clear_environment();
+    sys::survive_file_size_limit();
     let begun = begin(if verb == Some(Verb::Capture) { Work::Capture } else { Work::SetUp });
     // Whatever else is wrong, the runtime must be able to write the state to the end.
-    let stdin = (verb == Some(Verb::Oci)).then(|| oci::drain_stdin(Deadline::after(STDIN_PATIENCE)));
-    let mut run = Run::default();
+    let stdin = (verb == Some(Verb::Oci)).then(|| oci::drain_stdin(Deadline::since(start, STDIN_PATIENCE)));
+    let mut run = Run { start, container: None, may_continue: false, hook_state_dir: None };
     match run.verb(arguments, stdin, &variables, begun) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<error::Found>() => ExitCode::FAILURE,
@@ -90,12 +93,18 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
 /// Shows the ledger in place until the reader goes away.
 fn watch_status(globals: &Globals, name: Option<&str>) -> Result<()> {
     loop {
-        let status = status::status(&Context::new(globals)?, name)?;
+        let status = status::status(&Context::new(globals, Instant::now())?, name)?;
         if !report::print_in_place(&report::text::status(&status)) {
             return Ok(());
         }
         std::thread::sleep(WATCH_PAUSE);
     }
+}
+
+/// At a container's end, whatever comes of that: the agent may have ended for it. The others' following must not make this
+/// end fail; status shows that nobody follows them.
+fn follow_others(globals: &Globals) {
+    let _ = agent::start::make_sure_for_others(globals);
 }
 
 /// Lets go of what the caller gave and the work does not need, before any input is read.
@@ -105,8 +114,9 @@ fn begin(work: Work) -> Result<()> {
 }
 
 /// What is known about the run when it ends.
-#[derive(Default)]
 struct Run {
+    /// When it began.
+    start: Instant,
     /// The container's id, once it is known.
     container: Option<String>,
     /// Whether a hook's failure may let the container start.
@@ -138,8 +148,14 @@ impl Run {
         match action {
             Action::Print(_) => Ok(()),
             Action::Oci(wishes) => {
-                let context = self.hook_context(&globals)?;
-                let state = state.unwrap_or_else(|| oci::parse(&[]))?;
+                let state = state.unwrap_or_else(|| oci::parse(&[]));
+                let has_stopped = state.as_ref().is_ok_and(oci::Checked::has_stopped);
+                let context = self.hook_context(&globals).inspect_err(|_| {
+                    if has_stopped {
+                        follow_others(&globals);
+                    }
+                })?;
+                let state = state?;
                 let call = state.into_call(wishes, &context.policy, &context.containers)?;
                 self.hook(call, &context, &globals)
             }
@@ -151,25 +167,25 @@ impl Run {
                 self.hook(call, &context, &globals)
             }
             Action::Apply { target, wishes, dry_run, json } => {
-                let context = Context::new(&globals)?;
+                let context = Context::new(&globals, self.start)?;
                 let ledger = Ledger::open(&context.state_dir)?;
                 let call = command::apply(&target, wishes, &context.policy, &context.containers, ledger.as_ref())?;
                 self.container = Some(call.container.id.clone());
                 self.apply(call, &context, &globals, dry_run, json)
             }
             Action::Release(target) => {
-                let context = Context::new(&globals)?;
+                let context = Context::new(&globals, self.start)?;
                 let ledger = Ledger::open(&context.state_dir)?;
                 let container = command::release(&target, ledger.as_ref())?;
                 self.container = Some(container.id.clone());
                 let done = release::release(&container, &context, release::Cause::Person)?;
                 self.released(done)
             }
-            Action::ReleaseStale => self.release_stale(&Context::new(&globals)?),
-            Action::Repair => self.repair(&Context::new(&globals)?),
-            Action::Agent => self.agent(&globals),
+            Action::ReleaseStale => self.release_stale(&Context::new(&globals, self.start)?),
+            Action::Repair => self.repair(&Context::new(&globals, self.start)?),
+            Action::Agent { wait } => self.agent(&globals, wait),
             Action::Doctor { target, probe, json } => {
-                let diagnosis = doctor::doctor(target.as_ref(), probe, &Context::new(&globals)?)?;
+                let diagnosis = doctor::doctor(target.as_ref(), probe, &Context::new(&globals, self.start)?, &globals)?;
                 privileges::end()?;
                 report::print(&if json { report::json::doctor(&diagnosis)? } else { report::text::doctor(&diagnosis) });
                 match diagnosis.count(doctor::finding::Severity::Problem) {
@@ -177,19 +193,21 @@ impl Run {
                     _ => Err(error::Found.into()),
                 }
             }
-            Action::Capture(capture) => capture.run(&Context::state_dir(&globals)?),
+            Action::Capture(asked) => capture::run(&asked, &Context::state_dir(&globals)?),
             Action::Status { name, watch: true, .. } => watch_status(&globals, name.as_deref()),
             Action::Status { name, json, .. } => {
-                let status = status::status(&Context::new(&globals)?, name.as_deref())?;
+                let status = status::status(&Context::new(&globals, self.start)?, name.as_deref())?;
                 privileges::end()?;
                 report::print(&if json { report::json::status(&status)? } else { report::text::status(&status) });
+                // The process ends here: to free ten thousand containers one by one would take as long as to list them.
+                std::mem::forget(status);
                 Ok(())
             }
         }
     }
 
     fn hook_context(&mut self, globals: &Globals) -> Result<Context> {
-        let context = Context::new(globals)?;
+        let context = Context::new(globals, self.start)?;
         self.may_continue = context.policy.on_error == OnError::Continue;
         self.hook_state_dir = Some(context.state_dir.clone());
         Ok(context)
@@ -199,10 +217,9 @@ impl Run {
         match call {
             Call::Apply(call) => self.apply(*call, context, globals, false, false),
             Call::Release(container) => {
-                let done = release::release(&container, context, release::Cause::Hook)?;
-                // Others' following must not make this container's end fail; status shows that nobody follows them.
-                let _ = agent::start::make_sure_for_others(context, globals);
-                self.released(done)
+                let done = release::release(&container, context, release::Cause::Hook);
+                follow_others(globals);
+                self.released(done?)
             }
         }
     }
@@ -307,16 +324,25 @@ impl Run {
         }
     }
 
-    fn agent(&self, globals: &Globals) -> Result<()> {
+    fn agent(&self, globals: &Globals, wait: bool) -> Result<()> {
         let ledger = Ledger::create(&Context::state_dir(globals)?)?;
-        match ledger.try_agent_lock(None)? {
-            Some(lock) => agent::run(globals, agent::Stance::home()?, lock, agent::Origin::Command),
+        // Those of an earlier boot, on another kernel, it lets go.
+        if Kind::detect() == Kind::None && ledger.followed()?.is_empty() {
+            bail!("there is nobody to follow: {}", kernel::without_mptcp());
+        }
+        let lock = match ledger.try_agent_lock(None)? {
+            Some(lock) => lock,
             None => {
                 let pid = ledger.agent().map_or("unknown".into(), |agent| agent.pid.to_string());
-                self.say(Priority::Info, &format!("an agent runs already (pid {pid})"));
-                Ok(())
+                let then = if wait { "; its end is waited for" } else { "" };
+                self.say(Priority::Info, &format!("an agent runs already (pid {pid}){then}"));
+                if !wait {
+                    return Ok(());
+                }
+                ledger.wait_for_agent_lock()?
             }
-        }
+        };
+        agent::run(globals, agent::Stance::home()?, lock, agent::Origin::Command)
     }
 
     fn say_released(&self, done: &release::Done) {

@@ -14,9 +14,15 @@ use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
 
 /// What the work needs: setns (SYS_ADMIN), namespaces and sysctls of the container (NET_ADMIN), other users'
-/// `/proc/PID/ns` (SYS_PTRACE), bundles that belong to a remapped root (DAC_READ_SEARCH).
-pub const WORKING: [Capability; 4] =
-    [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+/// `/proc/PID/ns` (SYS_PTRACE), bundles that belong to a remapped root (DAC_READ_SEARCH); for the agent, which may be a
+/// hook's child, what the kernel says of changes in containers' namespaces (NET_BROADCAST).
+pub const WORKING: [Capability; 5] = [
+    Capability::CAP_SYS_ADMIN,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_BROADCAST,
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_DAC_READ_SEARCH,
+];
 
 /// What there is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //! model of the rules after every step. The kernel is a fake one, the ledger is a real directory, and a container is a
 //! thread in a real network namespace: `/proc` shows it like any process, and it costs next to nothing.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -154,6 +154,8 @@ struct HeldClaim {
     who: usize,
     life: usize,
     value: String,
+    /// Whether somebody else has changed the value since.
+    overtaken: bool,
 }
 
 /// What is known about a host-wide setting.
@@ -165,8 +167,25 @@ struct Held {
     firm: bool,
     /// The oldest first.
     claims: Vec<HeldClaim>,
-    /// The value that a killed hook was about to write.
-    intent: Option<String>,
+    /// What a killed hook was about to write.
+    intent: Option<Intended>,
+}
+
+/// A write that was begun.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Intended {
+    before: String,
+    wanted: String,
+    /// Whose claims somebody else's change before it has overtaken, if there was one.
+    overtook: Option<BTreeSet<usize>>,
+}
+
+impl Held {
+    /// Somebody else's later change is what there was before ours; what was claimed until then does not come back.
+    fn meet(&mut self, actual: &str) {
+        self.original = actual.into();
+        self.claims.iter_mut().for_each(|claim| claim.overtaken = true);
+    }
 }
 
 /// A namespace's value that is relied on, and what it was before.
@@ -183,17 +202,16 @@ struct Entry {
     on_conflict: BTreeMap<bool, OnConflict>,
     /// The host-wide settings that it has a claim on.
     claims: BTreeSet<Key>,
-    /// The values of its namespace that it relies on; those before, too, if a hook was killed.
+    /// The values of its namespace that it relies on; those before, too, if hooks were killed, the newest first.
     own: BTreeMap<Key, Own>,
-    before: Option<BTreeMap<Key, Own>>,
+    before: Option<Vec<BTreeMap<Key, Own>>>,
 }
 
 impl Entry {
-    fn is_ours(&self, key: Key, value: &str) -> bool {
-        [Some(&self.own), self.before.as_ref()]
-            .into_iter()
-            .flatten()
-            .any(|own| own.get(&key).is_some_and(|o| o.0 == value))
+    /// What it may have set a value of its namespace to, the newest first.
+    fn versions(&self, key: Key) -> impl Iterator<Item = &Own> {
+        let all = std::iter::once(&self.own).chain(self.before.iter().flatten());
+        all.filter_map(move |own| own.get(&key))
     }
 }
 
@@ -235,8 +253,12 @@ impl Model {
     /// Rule 7, recovery: "value = original, drop the intent; value = wanted, it is ours; else drift, left alone".
     fn recover(&mut self, key: Key) {
         let Some(page) = self.pages.get_mut(&key) else { return };
-        let Some(wanted) = page.intent.take() else { return };
+        let Some(Intended { before, wanted, overtook }) = page.intent.take() else { return };
         if self.values[&key] == wanted {
+            if let Some(overtook) = overtook {
+                page.meet(&before);
+                page.claims.iter_mut().for_each(|claim| claim.overtaken = overtook.contains(&claim.who));
+            }
             page.value = wanted;
             page.firm = true;
         } else if !page.firm {
@@ -259,7 +281,8 @@ impl Model {
         if page.value != actual {
             conflicts.push(Expected { key, wanted: page.value.clone(), outcome: ConflictOutcome::Drift });
         } else {
-            page.value = page.claims.last().map_or(&page.original, |claim| &claim.value).clone();
+            let newest = page.claims.last().filter(|claim| !claim.overtaken);
+            page.value = newest.map_or(&page.original, |claim| &claim.value).clone();
             self.values.insert(key, page.value.clone());
         }
         if page.claims.is_empty() {
@@ -278,14 +301,14 @@ impl Model {
     /// Rule 6: "the first to leave does not tear down what its siblings rely on".
     fn leave_space(&mut self, who: usize, key: Key, given: &Given, conflicts: &mut Vec<Expected>) {
         let entry = self.records[&who].clone();
-        let Some((value, original)) = entry.own.get(&key) else { return };
+        let Some((value, original)) = entry.versions(key).next() else { return };
         let siblings = self.siblings(who, entry.space, given);
         let theirs = siblings.iter().rev().find_map(|other| self.records[other].own.get(&key));
         let back = theirs.map_or(original, |own| &own.0).clone();
         let Some(space) = self.spaces.get_mut(&entry.space) else { return };
         let now = &space[&key];
         if *now == back {
-        } else if entry.is_ours(key, now) {
+        } else if entry.versions(key).any(|own| own.0 == *now) {
             space.insert(key, back);
         } else if key == RETRIES {
             conflicts.push(Expected { key, wanted: value.clone(), outcome: ConflictOutcome::Drift });
@@ -350,17 +373,22 @@ impl Model {
         let mut conflicts = Vec::new();
         let unsettled = self.clone();
         // "Dead instances hold nothing from the moment anybody looks."
-        for (key, (_, value)) in wanted.iter().filter(|(key, _)| **key < HOST_WIDE) {
+        for (key, (admin, value)) in wanted.iter().filter(|(key, _)| **key < HOST_WIDE) {
             self.recover(*key);
             let Some(page) = self.pages.get(key) else { continue };
             let held = page.claims.iter().any(|claim| claim.value == page.value && (given.is_alive)(claim.life));
-            if !held && self.values[key] != *value {
+            // What an earlier life brought and this one may not ask for is on its way out.
+            let source = Source::new(rank(*admin), "");
+            let is_leaving = page.claims.iter().any(|claim| claim.who == who && claim.life != entry.life)
+                && given.policy.allows_setting(&source, &real(*key), value, Scope::Host).is_err();
+            if !held && (self.values[key] != *value || is_leaving) {
                 self.leave(*key, None, given, &mut conflicts);
             }
         }
         let mut settled = self.clone();
         let siblings = self.siblings(who, entry.space, given);
         let mut refused = false;
+        let mut drifts = Vec::new();
         let mut clash = |key: Key, wanted: &str, decided: OnConflict| {
             let outcome = match decided {
                 OnConflict::Refuse => ConflictOutcome::Refused,
@@ -398,17 +426,20 @@ impl Model {
                     claims: Vec::new(),
                     intent: None,
                 });
-                if page.value != actual {
-                    // Somebody else's later change is what there was before ours.
-                    page.original.clone_from(&actual);
+                let is_drift = page.value != actual;
+                if is_drift && others.iter().any(|other| other.value != actual) {
+                    drifts.push(Expected { key, wanted: page.value.clone(), outcome: ConflictOutcome::Drift });
+                }
+                if is_drift {
+                    page.meet(&actual);
                 }
                 page.value.clone_from(value);
-                if actual != *value {
+                if actual != *value || is_drift {
                     page.claims.retain(|claim| claim.who == who || (given.is_alive)(claim.life));
                 }
-                let claim = HeldClaim { who, life: entry.life, value: value.clone() };
+                let claim = HeldClaim { who, life: entry.life, value: value.clone(), overtaken: false };
                 match page.claims.iter_mut().find(|claim| claim.who == who) {
-                    Some(own) if !restamped => *own = claim,
+                    Some(own) if !restamped => *own = HeldClaim { overtaken: own.overtaken, ..claim },
                     _ => {
                         page.claims.retain(|claim| claim.who != who);
                         page.claims.push(claim);
@@ -430,13 +461,13 @@ impl Model {
                 // It is ours as long as it is what one of us wrote.
                 let ours = [who].into_iter().chain(siblings.iter().copied()).chain(self.order.iter().copied());
                 let known = ours.filter_map(|other| self.records.get(&other)).filter(|r| r.space == entry.space);
-                let versions = known.flat_map(|r| [Some(&r.own), r.before.as_ref()]).flatten();
-                let original = versions.filter_map(|own| own.get(&key)).find(|own| own.0 == now);
+                let original = known.flat_map(|r| r.versions(key)).find(|own| own.0 == now);
                 let original = original.map_or(now, |own| own.1.clone());
                 entry.own.insert(key, (value.clone(), original));
                 self.spaces.get_mut(&entry.space).expect("it is there").insert(key, value.clone());
             }
         }
+        conflicts.extend(drifts);
         // Old wishes that come to nothing again are no reason to settle anything.
         for key in wanted.keys().copied().filter(|key| *key < HOST_WIDE && !entry.claims.contains(key)) {
             let asked = new.wishes.keys().any(|subject| subject.1 == key);
@@ -590,6 +621,8 @@ struct World<'a> {
     lives: Vec<Life>,
     /// The values that each host-wide setting had at first or got from outside.
     foreign: BTreeMap<Key, BTreeSet<String>>,
+    /// The namespaces, by cookie, that nobody of us could enter any more to put anything back.
+    out_of_reach: RefCell<BTreeSet<u64>>,
     /// The model, after the last step.
     model: Model,
 }
@@ -620,7 +653,8 @@ impl<'a> World<'a> {
         let host = FakeHost::mptcp_org().with_fullmesh();
         let foreign = (0..HOST_WIDE).map(|key| (key, BTreeSet::from([SETTINGS[key].1[0].into()]))).collect();
         let policy = &stage.policies[policy];
-        let mut world = Self { stage, policy, host, state_dir, lives: Vec::new(), foreign, model: Model::default() };
+        let (lives, out_of_reach, model) = Default::default();
+        let mut world = Self { stage, policy, host, state_dir, lives, foreign, out_of_reach, model };
         world.model = world.seen().expect("an empty ledger");
         world
     }
@@ -687,14 +721,26 @@ impl<'a> World<'a> {
             let Some(page) = page.read()? else { continue };
             let claims = page.claims.iter().map(|claim| {
                 let (who, life) = (who(&claim.instance)?, life(&claim.instance)?);
-                Ok(HeldClaim { who, life, value: claim.value.clone() })
+                Ok(HeldClaim { who, life, value: claim.value.clone(), overtaken: claim.time <= page.original_since })
             });
+            let overtaken = |since: u64| {
+                let claims = page.claims.iter().filter(|claim| claim.time <= since);
+                claims.map(|claim| who(&claim.instance)).collect::<Result<_>>()
+            };
+            let intent = match &page.intent {
+                Some(intent) => Some(Intended {
+                    before: intent.original.clone(),
+                    wanted: intent.wanted.clone(),
+                    overtook: intent.overtook.map(overtaken).transpose()?,
+                }),
+                None => None,
+            };
             let held = Held {
                 original: page.original,
                 value: page.value,
                 firm,
                 claims: claims.collect::<Result<_>>()?,
-                intent: page.intent.map(|intent| intent.wanted),
+                intent,
             };
             model.pages.insert(key, held);
         }
@@ -709,7 +755,7 @@ impl<'a> World<'a> {
                 listed: ledger.members(&record.instance.netns)?.contains(&record.instance.container.key()),
                 claims: record.host_claims().map(name_of).collect(),
                 own: own(&record),
-                before: record.at_work.as_ref().map(|work| work.before.as_deref().map(own).unwrap_or_default()),
+                before: record.at_work.as_ref().map(|_| record.versions().skip(1).map(own).collect()),
                 ..Entry::default()
             };
             for wish in record.request.wishes() {
@@ -796,6 +842,9 @@ impl<'a> World<'a> {
             let alive = record.instance.is_alive(&instance::boot_id()?) || !siblings.is_empty();
             let group = self.stage.groups.iter().find(|group| group.id() == record.instance.netns);
             let group = group.filter(|group| alive && self.host.has_netns(group.inode));
+            if group.is_none() {
+                self.out_of_reach.borrow_mut().extend(record.instance.netns.cookie);
+            }
             let kernel = Box::new(self.host.kernel(group.map_or(HOME, |group| group.inode)));
             Ok(Some(Reach { kernel, inside: group.is_some() }))
         };
@@ -1067,11 +1116,13 @@ impl<'a> World<'a> {
     }
 
     /// Rule 5: "when no claim is left the `original` is restored [...] only if the value is still the one that we
-    /// wrote"; rule 7: nothing is left of those who have left. One half is released, the others die.
-    fn when_the_last_leaves_all_is_as_it_was(&mut self) -> Result<()> {
-        for who in [0, 3] {
+    /// wrote"; rule 7: nothing is left of those who have left. One half is released, the others die; of two that share
+    /// a namespace both are released now and then.
+    fn when_the_last_leaves_all_is_as_it_was(&mut self, both: bool) -> Result<()> {
+        for who in [0, 3].into_iter().chain(both.then_some(1)) {
             self.release(who, Cause::Person)?;
         }
+        self.namespaces_that_all_have_left_are_as_they_were()?;
         for who in 0..CONTAINERS.len() {
             self.die(who);
         }
@@ -1085,11 +1136,24 @@ impl<'a> World<'a> {
         Ok(())
     }
 
+    /// Rule 6, and rule 1 wherever a hook was killed: nobody else writes there.
+    fn namespaces_that_all_have_left_are_as_they_were(&self) -> Result<()> {
+        let model = self.seen()?;
+        let is_left = |cookie: &u64| !model.records.values().any(|entry| entry.space == *cookie);
+        let reached = |cookie: &u64| !self.out_of_reach.borrow().contains(cookie);
+        for (_, space) in model.spaces.iter().filter(|(cookie, _)| is_left(cookie) && reached(cookie)) {
+            for (key, value) in space {
+                ensure!(*value == SETTINGS[*key].1[0], "{} is {value} when all have left", SETTINGS[*key].0);
+            }
+        }
+        Ok(())
+    }
+
     fn run(mut self, steps: &[Step]) -> Result<()> {
         for (number, step) in steps.iter().enumerate() {
             self.step(step).with_context(|| format!("step {}", number + 1))?;
         }
-        self.when_the_last_leaves_all_is_as_it_was().context("at the end")
+        self.when_the_last_leaves_all_is_as_it_was(steps.len() % 2 == 0).context("at the end")
     }
 }
 
@@ -1145,4 +1209,55 @@ fn rules_5_to_7_hold_in_any_order_of_events() {
 #[test]
 fn rules_5_to_7_hold_wherever_hooks_are_killed() {
     hold("with crashes", true);
+}
+
+/// A hook was killed after it had written the value and before it claimed it; then the kernel does not take the former
+/// value back. Whoever comes next has to find that in the ledger.
+#[test]
+fn a_value_that_a_killed_hook_left_and_the_kernel_keeps_stays_on_record() {
+    let stage = Stage::new();
+    let wish = |key: Key| Asked { wishes: BTreeMap::from([((true, key), 1)]), on_conflict: None };
+    for killed in 1..40 {
+        for refused in 1..4 {
+            let steps = [
+                Step::Apply(2, wish(1), Trouble::Killed(killed)),
+                Step::Die(2),
+                Step::Apply(2, wish(0), Trouble::Refused(refused)),
+            ];
+            World::new(&stage, 0).run(&steps).unwrap_or_else(|error| panic!("{killed}, {refused}: {error:#}"));
+        }
+    }
+}
+
+/// A container that starts anew in a namespace that is still there gives back what its last life set and it does not
+/// ask for, whichever hooks were killed meanwhile: one that sets other values, and one that asks for none.
+#[test]
+fn what_killed_hooks_had_to_give_back_goes_back() {
+    let stage = Stage::new();
+    let wishes = |keys: &[Key], value: usize| Asked {
+        wishes: keys.iter().map(|key| ((true, *key), value)).collect(),
+        on_conflict: None,
+    };
+    let (host, own) = ([0], [ETH1, RETRIES]);
+    let mut kills = 0;
+    // With no kill, with one and with two.
+    for set in 0..14 {
+        for given_back in 0..14 {
+            kills = stage.kills.get();
+            let trouble = |at: usize| if at == 0 { Trouble::Nothing } else { Trouble::Killed(at) };
+            let steps = [
+                // It keeps the namespace.
+                Step::Apply(1, wishes(&host, 0), Trouble::Nothing),
+                Step::Apply(0, wishes(&own, 1), Trouble::Nothing),
+                Step::Die(0),
+                Step::Apply(0, wishes(&own, 2), trouble(set)),
+                Step::Die(0),
+                Step::Apply(0, wishes(&host, 0), trouble(given_back)),
+                Step::Status,
+                Step::Release(0, Trouble::Nothing),
+            ];
+            World::new(&stage, 0).run(&steps).unwrap_or_else(|error| panic!("{set}, {given_back}: {error:#}"));
+        }
+    }
+    assert_eq!(stage.kills.get(), kills, "the hooks can be killed at more points than were tried");
 }

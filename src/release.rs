@@ -8,9 +8,9 @@ use crate::context::Context;
 use crate::deadline::Deadline;
 use crate::instance::{self, ContainerId, Instance};
 use crate::kernel::netns::{Namespace, Visit};
-use crate::kernel::{self, Change, Kernel};
+use crate::kernel::{self, Change, Kernel, Seen};
 use crate::ledger::record::{Conflict, Record};
-use crate::ledger::setting::Claim;
+use crate::ledger::setting::{Claim, Setting};
 use crate::ledger::{self, Ledger, Locks};
 use crate::plan::undo;
 use crate::request::setting::{self, SettingKey};
@@ -24,7 +24,21 @@ pub enum Cause {
     Person,
     /// It is dead and nobody said so.
     Stale,
+    /// The same, as the agent sees it: whoever reaches the host's values that it cannot put back may come yet.
+    Agent,
 }
+
+/// What the agent leaves alone: a value of the host that has to be put back and cannot be from where we are.
+#[derive(Debug)]
+pub struct OutOfReach(SettingKey);
+
+impl std::fmt::Display for OutOfReach {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} cannot be put back from this network namespace", self.0)
+    }
+}
+
+impl std::error::Error for OutOfReach {}
 
 /// What came of it.
 pub enum Done {
@@ -60,7 +74,7 @@ pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Caus
     // Without a pid (a createContainer hook that did not learn it) there is nothing to hold a hook's word against.
     let may_be_alive = |record: &Record| match cause {
         Cause::Hook => record.instance.pid.is_some(),
-        Cause::Stale => true,
+        Cause::Stale | Cause::Agent => true,
         Cause::Person => false,
     };
     if cause == Cause::Hook && may_be_alive(&seen) && !seen.instance.is_gone_soon(&boot_id, context.deadline) {
@@ -83,7 +97,7 @@ pub(crate) fn release_by(container: &ContainerId, context: &Context, cause: Caus
     if may_be_alive(&record) && record.instance.is_alive(&boot_id) {
         return Ok(Done::Alive(Box::new(record)));
     }
-    let notes = let_go(&ledger, &locks, &record, &boot_id, find)?;
+    let notes = let_go(&ledger, &locks, &record, &boot_id, cause, find)?;
     Ok(Done::Released(Box::new(record), notes))
 }
 
@@ -102,14 +116,26 @@ pub fn stale(context: &Context) -> Result<Vec<Result<Done>>> {
     Ok(done)
 }
 
-fn let_go(ledger: &Ledger, locks: &Locks, record: &Record, boot_id: &str, find: Find) -> Result<Vec<String>> {
+fn let_go(
+    ledger: &Ledger,
+    locks: &Locks,
+    record: &Record,
+    boot_id: &str,
+    cause: Cause,
+    find: Find,
+) -> Result<Vec<String>> {
     let key = record.instance.container.key();
     let (siblings, _) = ledger.others(&key, &record.instance.netns, boot_id)?;
     let mut conflicts = Vec::new();
     let claims: Vec<SettingKey> = record.host_claims().cloned().collect();
     if let Some(Reach { mut kernel, inside }) = find(record, &siblings)? {
+        if cause == Cause::Agent {
+            if let Some(key) = out_of_reach(ledger, kernel.as_mut(), &record.instance, &claims)? {
+                return Err(OutOfReach(key).into());
+            }
+        }
         if inside {
-            let keys: Vec<SettingKey> = record.settings.iter().map(|owned| owned.key.clone()).collect();
+            let keys: Vec<SettingKey> = record.all_netns_claims().map(|owned| owned.key.clone()).collect();
             let mut facts = kernel.facts(&keys)?;
             if record.has_routing() {
                 facts.routing = Some(kernel.routing()?);
@@ -177,6 +203,41 @@ pub enum Whose {
     Dead,
 }
 
+/// The first of these settings whose value has to be put back and cannot be from here, where it is absent or read-only.
+fn out_of_reach(
+    ledger: &Ledger,
+    kernel: &mut dyn Kernel,
+    instance: &Instance,
+    keys: &[SettingKey],
+) -> Result<Option<SettingKey>> {
+    if keys.is_empty() {
+        return Ok(None);
+    }
+    let seen = kernel.settings(keys)?;
+    let (boot_id, own) = (instance::boot_id()?, instance.container.key());
+    for key in keys {
+        let host = seen.get(key).map_or(&Seen::Absent, |seen| &seen.host);
+        if matches!(host, Seen::Writable(_)) {
+            continue;
+        }
+        let Some(setting) = ledger.setting(key).read()? else { continue };
+        let (left, _) = settle(&setting, &own, &boot_id, Whose::OwnAndDead);
+        let is_ours = host.value().is_none_or(|actual| setting.is(actual));
+        if is_ours && !setting.is(setting.back_to(&left)) {
+            return Ok(Some(key.clone()));
+        }
+    }
+    Ok(None)
+}
+
+/// The claims on a setting that stay, and those that are struck.
+fn settle<'a>(setting: &'a Setting, own: &str, boot_id: &str, whose: Whose) -> (Vec<&'a Claim>, Vec<&'a Claim>) {
+    setting.claims.iter().partition(|claim| {
+        let leaves = whose == Whose::OwnAndDead && claim.instance.container.key() == own;
+        !leaves && claim.instance.is_alive(boot_id)
+    })
+}
+
 /// Strikes claims on host-wide settings. A value that nobody else relies on goes back: to the newest
 /// claim that is left, else to what was there before the first of ours. The locks of the settings are held.
 pub fn give_up_claims(
@@ -208,30 +269,35 @@ pub fn give_up_claims(
             continue;
         }
         let Some(setting) = page.read()? else { continue };
-        let (left, struck): (Vec<_>, Vec<_>) = setting.claims.iter().partition(|claim| {
-            let leaves = whose == Whose::OwnAndDead && claim.instance.container.key() == own;
-            !leaves && claim.instance.is_alive(&boot_id)
-        });
-        if let Some(actual) = actual {
-            if !setting.is(actual) {
+        let (left, struck) = settle(&setting, &own, &boot_id, whose);
+        let back = setting.back_to(&left);
+        let mut is_settled = true;
+        match actual {
+            Some(actual) if !setting.is(actual) => {
                 conflicts.push(undo::drift(instance, key, &setting.value, actual, ledger::now()));
-            } else {
-                let back = left.last().map_or(&setting.original, |claim| &claim.value);
+            }
+            Some(actual) => {
                 if !setting::same(key, back, actual) {
-                    page.intend(instance, key, actual, back)?;
-                    let change = Change::HostSetting { key: key.clone(), value: back.clone() };
+                    page.intend(instance, key, actual, back, None)?;
+                    let change = Change::HostSetting { key: key.clone(), value: back.into() };
                     kernel.perform(&change)?;
                     kernel.confirm(&[&change])?;
                 }
-                page.set_value(key, &setting.original, back)?;
+                page.set_value(&setting.at(back))?;
                 page.mark_overridden(&left, back)?;
                 page.fulfil()?;
             }
+            // The page keeps the original for whoever can put it back.
+            None if !setting.is(back) => {
+                conflicts.push(undo::out_of_reach(instance, key, &setting.value, back, ledger::now()));
+                is_settled = false;
+            }
+            None => {}
         }
         for claim in &struck {
             page.unclaim(&claim.instance.container.key())?;
         }
-        if left.is_empty() {
+        if left.is_empty() && is_settled {
             page.forget()?;
         }
     }

@@ -15,7 +15,7 @@ use crate::instance::{self, ContainerId, Door, Instance, Process};
 use crate::kernel::netns::{Namespace, NetnsId, Visit};
 use crate::kernel::{self, sysctl};
 use crate::ledger::record::{Record, Scope, VERSION};
-use crate::ledger::setting::{Claim, Page, Survey};
+use crate::ledger::setting::{Claim, Page, Setting, Survey};
 use crate::ledger::{Fault, Ledger, Trouble};
 use crate::release::{self, Whose};
 use crate::request::setting::{self, SettingKey};
@@ -146,9 +146,7 @@ impl Work {
                         self.done.dead += 1;
                     }
                     let writer = record.at_work.as_ref();
-                    let killed = writer.is_some_and(|writer| {
-                        !Process::read(writer.pid).is_ok_and(|p| p.alive && p.start_time == writer.start_time)
-                    });
+                    let killed = writer.is_some_and(|writer| !Process::lives(writer.pid, writer.start_time));
                     if killed {
                         self.say(format!("a hook was killed while it set {shown} up; apply or release finishes it"));
                     }
@@ -248,6 +246,17 @@ impl Work {
             self.aside(ledger, path, &format!("{error:#}"));
         }
         let present = sysctl::look(key).value().map(String::from);
+        let newest = relied.iter().filter(|said| said.original.is_some()).max_by_key(|said| said.time);
+        let original = newest.and_then(|said| said.original.clone());
+        let is_empty = !survey.has_value && survey.intent.is_none() && survey.claims.is_empty();
+        if let (true, true, Some(now), Some(original)) = (is_empty, survey.faults.is_empty(), &present, &original) {
+            let relies_on_it = |said: &Relied| said.values.iter().any(|value| setting::same(key, value, now));
+            if setting::same(key, original, now) && !relied.iter().any(relies_on_it) {
+                // A release that was killed has put it back, and has only left the record.
+                page.tidy()?;
+                return Ok(false);
+            }
+        }
 
         // The claims, as the records have them.
         let mut there: BTreeMap<&str, &Claim> = BTreeMap::new();
@@ -308,8 +317,6 @@ impl Work {
         }
         values.sort();
         let planned = relied.iter().filter(|said| said.firm.is_none()).flat_map(|said| said.values.clone()).collect();
-        let newest = relied.iter().filter(|said| said.original.is_some()).max_by_key(|said| said.time);
-        let original = newest.and_then(|said| said.original.clone());
         let found = Found { values, planned, original, present, value_lost, intent_lost };
         self.value(key, &page, &survey, &found)?;
         if let Some(actual) = &found.present {
@@ -343,7 +350,7 @@ impl Work {
                     || setting::same(key, &setting.original, now)
             });
             if let Some(now) = ours.filter(|now| found.intent_lost && !setting.is(now)) {
-                page.set_value(key, &setting.original, now)?;
+                page.set_value(&setting.at(now))?;
             }
             return Ok(());
         }
@@ -372,7 +379,15 @@ impl Work {
         // The intent's is the first one's only if nobody relied on the setting before.
         let original = found.original.as_deref().or(before.filter(|_| claimed.is_empty()));
         page.make()?;
-        page.set_value(key, original.unwrap_or(value), value)?;
+        page.set_value(&Setting {
+            key: key.clone(),
+            original: original.unwrap_or(value).into(),
+            value: value.into(),
+            since: claimed.last().map_or(0, |(time, _)| *time),
+            original_since: 0,
+            claims: Vec::new(),
+            intent: None,
+        })?;
         self.say(match original {
             Some(original) => format!("{key}: the page was written anew: it is {value}, and was {original} before"),
             None => format!(
@@ -398,18 +413,21 @@ impl Work {
             netns_path: None,
         };
         let Some((_, mut kernel)) = kernel::open(Visit::to(namespace, None)?, context.deadline)? else {
-            self.done.failures.push("this kernel has no MPTCP: values that nobody relies on were left".into());
+            self.done.failures.push(format!("values that nobody relies on were left: {}", kernel::without_mptcp()));
             return Ok(());
         };
         for key in keys {
             let settled =
                 release::give_up_claims(ledger, kernel.as_mut(), &myself, std::slice::from_ref(key), Whose::Dead);
             match settled.with_context(|| format!("{key} could not be put back")) {
-                Ok(drifted) => {
-                    ledger.record_conflicts(&drifted)?;
-                    let now = sysctl::look(key);
-                    let now = now.value().unwrap_or("unknown");
-                    self.say(format!("nobody relied on the value of {key} any more; it is {now} now"));
+                Ok(conflicts) => {
+                    ledger.record_conflicts(&conflicts)?;
+                    match sysctl::look(key).value() {
+                        Some(now) => {
+                            self.say(format!("nobody relied on the value of {key} any more; it is {now} now"));
+                        }
+                        None => self.done.failures.extend(conflicts.into_iter().map(|conflict| conflict.reason)),
+                    }
                 }
                 Err(error) => self.done.failures.push(format!("{error:#}")),
             }

@@ -1,6 +1,7 @@
 //! The verb `status`: the ledger, held against what is alive and what the kernel says now. Takes no lock, changes nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -8,13 +9,18 @@ use anyhow::Result;
 
 use crate::agent::start;
 use crate::context::Context;
+use crate::deadline::Deadline;
 use crate::error::{shown, usage};
+use crate::front::command::{self, Purpose};
 use crate::instance::{self, Instance, Process};
 use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
-use crate::kernel::{self, Facts, Kernel, Kind, RouteState, sysctl};
-use crate::ledger::record::{Conflict, Failure, Outcome, OwnedSetting, Record, State, Writer};
+use crate::kernel::{self, Facts, Kernel, Kind, RouteState, Routing, TableRoute, sysctl};
+use crate::ledger::record::{Conflict, Failure, Outcome, OwnedRouting, OwnedSetting, Record, State, Writer};
 use crate::ledger::{History, Ledger, parallel};
 use crate::request::setting::{self, SettingKey};
+
+/// To look at more processes than this, one by one, takes longer than to list those that there are.
+const LISTING: usize = 100;
 
 /// What is said of what a hook was killed at.
 pub const INTERRUPTED: &str = "a hook was killed while it worked; apply or release finishes it";
@@ -41,10 +47,27 @@ pub struct Status {
     pub rootless: bool,
 }
 
+impl Status {
+    /// That of an empty ledger.
+    pub fn of_nobody(kernel: Kind, rootless: bool) -> Self {
+        Self {
+            kernel,
+            containers: Vec::new(),
+            settings: Vec::new(),
+            conflicts: Vec::new(),
+            conflicts_dropped: 0,
+            failures: Vec::new(),
+            failures_dropped: 0,
+            problems: Vec::new(),
+            rootless,
+        }
+    }
+}
+
 /// A container, as it is now.
 pub struct Container {
     /// The ledger's record, brought up to date.
-    pub record: Record,
+    pub record: Box<Record>,
     /// Whether it is alive.
     pub live: bool,
     /// Whether a hook was killed while it worked for it.
@@ -92,17 +115,8 @@ pub struct Claim {
 
 /// Reads it all. With a name, only what concerns that container.
 pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
-    let mut status = Status {
-        kernel: Kind::detect(),
-        containers: Vec::new(),
-        settings: Vec::new(),
-        conflicts: Vec::new(),
-        conflicts_dropped: 0,
-        failures: Vec::new(),
-        failures_dropped: 0,
-        problems: Vec::new(),
-        rootless: !in_initial_user_namespace() || !nix::unistd::geteuid().is_root(),
-    };
+    let rootless = !in_initial_user_namespace() || !nix::unistd::geteuid().is_root();
+    let mut status = Status::of_nobody(Kind::detect(), rootless);
     let Some(ledger) = Ledger::open(&context.state_dir)? else {
         return match name {
             Some(name) => Err(usage(format!("the ledger knows no container \"{}\": it is empty", shown(name)))),
@@ -137,7 +151,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             present,
         });
     }
-    for record in &mut records {
+    for record in records.iter_mut().filter(|_| !overridden.is_empty()) {
         if let Some(keys) = overridden.get(&record.instance.container.key()) {
             for owned in record.settings.iter_mut().filter(|owned| keys.contains(&owned.key)) {
                 owned.outcome = Outcome::Overridden;
@@ -147,13 +161,13 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
     let followed = ledger.followers()?;
     let containers = records.into_iter().map(|record| {
         let live = living.has(&record.instance);
-        let followed = live && followed.contains(&record.instance.container.key());
+        let followed = live && !followed.is_empty() && followed.contains(&record.instance.container.key());
         let should_be = live && !followed && record.needs_agent();
         Container {
             live,
             interrupted: record.at_work.as_ref().is_some_and(|writer| !is_working(writer)),
             followed,
-            not_followed: should_be.then(|| start::why_not(&ledger, &record)).flatten(),
+            not_followed: should_be.then(|| start::why_not(&ledger, &record)),
             drifted: Vec::new(),
             record,
         }
@@ -181,7 +195,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
 
 /// Leaves what concerns one container.
 fn only(status: &mut Status, ledger: &Ledger, name: &str) -> Result<()> {
-    let found = crate::front::command::find(Some(ledger), name)?;
+    let found = command::find(Some(ledger), name, Purpose::Look)?;
     let id = found.instance.container.id.clone();
     status.containers.retain(|container| container.record.instance.container == found.instance.container);
     status.settings.retain(|setting| setting.claims.iter().any(|claim| claim.container == id));
@@ -217,7 +231,14 @@ impl<'a> Living<'a> {
     fn look<'i>(boot_id: &'a str, instances: impl Iterator<Item = &'i Instance>) -> Self {
         let of_this_boot = instances.filter(|instance| instance.boot_id == boot_id);
         let lives: HashMap<Life, &Instance> = of_this_boot.map(|instance| (Life::of(instance), instance)).collect();
-        let look = |(life, instance): (Life, &Instance)| (life, instance.is_alive(boot_id));
+        let exists = if lives.len() > LISTING { instance::processes() } else { None };
+        let look = |(life, instance): (Life, &Instance)| {
+            let may_live = match (life.pid, &exists) {
+                (Some(pid), Some(exists)) => exists.contains(&pid),
+                _ => true,
+            };
+            (life, may_live && instance.is_alive(boot_id))
+        };
         Self { boot_id, alive: parallel::map(lives.into_iter().collect(), look).into_iter().collect() }
     }
 
@@ -227,7 +248,7 @@ impl<'a> Living<'a> {
 }
 
 fn is_working(writer: &Writer) -> bool {
-    Process::read(writer.pid).is_ok_and(|process| process.alive && process.start_time == writer.start_time)
+    Process::lives(writer.pid, writer.start_time)
 }
 
 /// Holds the containers that are alive against their namespaces: endpoints that are gone or changed, routes that came or
@@ -265,13 +286,15 @@ fn visit(containers: &mut [&mut Container], context: &Context) -> Vec<String> {
         })
     });
     let Some(visit) = visit else { return Vec::new() };
-    let mut keys: Vec<SettingKey> =
-        containers.iter().flat_map(|container| container.record.netns_claims()).map(|own| own.key.clone()).collect();
-    keys.sort();
-    keys.dedup();
-    let opened = kernel::open(visit, context.deadline).and_then(|kernel| {
+    let keys = containers.iter().flat_map(|container| container.record.netns_claims()).map(|own| &own.key);
+    let keys: Vec<SettingKey> = keys.collect::<BTreeSet<_>>().into_iter().cloned().collect();
+    // For each one: there may be thousands.
+    let opened = kernel::open(visit, Deadline::after(context.policy.deadline)).and_then(|kernel| {
         let Some((_, mut kernel)) = kernel else { return Ok(None) };
-        let facts = kernel.facts(&keys)?;
+        let mut facts = kernel.facts(&keys)?;
+        if containers.iter().any(|container| container.record.has_routing()) {
+            facts.routing = Some(kernel.routing()?);
+        }
         Ok(Some((facts, kernel)))
     });
     let problem = |record: &Record, error: &anyhow::Error| format!("{}: {error:#}", record.name);
@@ -294,6 +317,21 @@ fn visit(containers: &mut [&mut Container], context: &Context) -> Vec<String> {
     }
 }
 
+/// What is gone of an interface's way out. Its routes may lead by another gateway meanwhile.
+fn missing_way(now: &Routing, owned: &OwnedRouting, name: &str) -> Option<String> {
+    let rule = owned.rules.iter().find(|rule| !now.rules.contains(rule));
+    let is_there = |own: &&TableRoute| {
+        let same = |route: &&TableRoute| {
+            (route.table, route.destination, route.prefix, route.ifindex)
+                == (own.table, own.destination, own.prefix, own.ifindex)
+        };
+        now.routes.iter().any(|route| same(&route))
+    };
+    let route = owned.routes.iter().find(|route| !is_there(route));
+    rule.map(|rule| format!("the {rule} is gone"))
+        .or_else(|| route.map(|route| format!("the route {} is gone", route.by(name))))
+}
+
 /// What is known of the ways out, by address and interface.
 type Routes = HashMap<(IpAddr, u32), RouteState>;
 
@@ -303,11 +341,10 @@ fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel, known: &
         let mut drift = None;
         for owned in &interface.endpoints {
             let place = (owned.address, owned.index);
-            let route = match known.get(&place) {
-                Some(route) => *route,
-                None => kernel.route(owned.address, owned.index)?,
+            let route = match known.entry(place) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(unknown) => *unknown.insert(kernel.route(owned.address, owned.index)?),
             };
-            known.insert(place, route);
             routes.push(route);
             match facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) {
                 None => drift = Some(format!("the endpoint {} is gone", owned.address)),
@@ -326,6 +363,11 @@ fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel, known: &
             if now != Some(link.bits) {
                 drift = Some("the interface's flags were changed, or it is gone".into());
             }
+        }
+        // While it is pending its way out need not be whole.
+        let is_applied = interface.state == State::Applied;
+        if let (Some(now), Some(owned)) = (&facts.routing, interface.routing.as_ref().filter(|_| is_applied)) {
+            drift = missing_way(now, owned, &interface.name).or(drift);
         }
         if let Some(reason) = drift {
             interface.state = State::Drifted;

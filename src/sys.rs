@@ -99,6 +99,15 @@ pub fn close_inherited_descriptors() -> io::Result<()> {
     if result == 0 { Ok(()) } else { close_one_by_one() }
 }
 
+/// Has a write beyond the caller's limit of a file's size (`RLIMIT_FSIZE`) fail with EFBIG, instead of ending the process
+/// without a word.
+pub fn survive_file_size_limit() {
+    // SAFETY: sets a disposition of the kernel's own; no handler of ours runs.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
 /// Makes a second process that goes on from here. None in that one, its pid in the first.
 pub fn fork() -> nix::Result<Option<Pid>> {
     // SAFETY: the program has one thread, so that nothing (a lock, the allocator) is left in the middle of something in
@@ -128,6 +137,18 @@ pub fn close_all_but(keep: BorrowedFd) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// `DN_MODIFY`, `DN_CREATE`, `DN_DELETE`, `DN_RENAME`, `DN_ATTRIB`, and `DN_MULTISHOT`: more than once
+/// (`include/uapi/linux/fcntl.h`).
+const DIRECTORY_CHANGES: u32 = 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x8000_0000;
+
+/// Has SIGIO come whenever a file in the directory comes, goes or changes, for as long as the directory is open (fcntl(2),
+/// `F_NOTIFY`). Unless it is blocked or handled, the signal ends the process. EINVAL where the kernel has it not.
+pub fn signal_changes(directory: BorrowedFd) -> nix::Result<()> {
+    // SAFETY: takes three numbers and touches no memory.
+    let result = unsafe { libc::fcntl(directory.as_raw_fd(), libc::F_NOTIFY, DIRECTORY_CHANGES) };
+    nix::errno::Errno::result(result).map(drop)
 }
 
 fn close_one_by_one() -> io::Result<()> {

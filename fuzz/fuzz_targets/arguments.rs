@@ -38,7 +38,7 @@ fuzz_target!(|input: &[u8]| {
         }
         Action::Release(target) | Action::Doctor { target: Some(target), .. } => assert!(target != Target::Pid(0)),
         Action::Doctor { target: None, probe, .. } => assert!(probe.is_none()),
-        Action::ReleaseStale | Action::Repair | Action::Agent | Action::Status { .. } => {}
+        Action::ReleaseStale | Action::Repair | Action::Agent { .. } | Action::Status { .. } => {}
     }
 });
 

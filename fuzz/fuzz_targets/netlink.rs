@@ -6,9 +6,10 @@ use invariants as must;
 use libfuzzer_sys::fuzz_target;
 use mptcp_hook::fuzzing;
 use mptcp_hook::kernel::netlink::diag::{MptcpSocket, TcpSocket};
-use mptcp_hook::kernel::netlink::ways::{Entry, Neighbour};
+use mptcp_hook::kernel::netlink::neighbours::Neighbour;
+use mptcp_hook::kernel::netlink::routing::Entry;
 use mptcp_hook::kernel::netlink::{Body, attributes};
-use mptcp_hook::kernel::{Address, Endpoint, Limits, Link};
+use mptcp_hook::kernel::{Address, Endpoint, Limits, Link, Rule, TableRoute};
 
 const SEQUENCE: u32 = 7;
 const PORT: u32 = 4711;
@@ -28,14 +29,19 @@ fuzz_target!(|input: &[u8]| {
                 assert!(!(says_no && address.is_usable()), "{address:?}");
             }
         }),
-        // Each interface takes four bytes.
-        5 => fuzzing::route_interfaces(input).map(|found| assert!(found.len() <= input.len() / 4)),
+        5 => Rule::parse(input).map(drop),
         6 => fuzzing::family_id(input).map(drop),
         7 => walk(input),
         8 => TcpSocket::parse(input).map(drop),
         9 => MptcpSocket::parse(input).map(drop),
         // A next hop takes eight bytes, an interface beside them eight more.
-        10 => Entry::parse(input).map(|entry| assert!(entry.hops.len() <= input.len() / 8)),
+        10 => Entry::parse(input).map(|entry| {
+            let Some(entry) = entry else { return };
+            assert!(entry.hops.len() <= input.len() / 8);
+            for route in TableRoute::of(&entry) {
+                assert!(route.gateway.is_none_or(|gateway| gateway.is_ipv4() == route.destination.is_ipv4()));
+            }
+        }),
         _ => Neighbour::parse(input).map(drop),
     };
     if let Err(error) = outcome {

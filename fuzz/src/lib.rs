@@ -1,6 +1,6 @@
 //! What has to hold whatever comes in; shared by the fuzz targets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
@@ -182,7 +182,7 @@ fn stays_inside(request: &Request, plan: &Plan, world: &World) {
                 assert!(path.starts_with("net/mptcp/") && kind == Kind::Upstream, "the author writes {key}");
                 assert!(scope::is_known_per_namespace(path, kind) && !held(key), "the author writes {key}");
             }
-            Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_) => {
+            Change::AddRoute(..) | Change::DeleteRoute(..) | Change::AddRule(_) | Change::DeleteRule(_) => {
                 panic!("the author gets routes: {}", step.change);
             }
             Change::Limits(limits) => {
@@ -285,6 +285,7 @@ fn worlds(request: &Request) -> Vec<World> {
             default_route_links: vec![2],
             settings,
             congestion_controls: vec!["cubic".into()],
+            elsewhere: Default::default(),
             routes: BTreeMap::new(),
             routing: Some(Routing::default()),
         };
@@ -348,6 +349,7 @@ fn sibling(kind: Kind, held: &[(SettingKey, String)]) -> Record {
         at_work: None,
         interfaces: vec![interface],
         leaving: Vec::new(),
+        leaving_tables: BTreeSet::new(),
         limits: None,
         settings: held.iter().map(setting).collect(),
         warnings: Vec::new(),

@@ -4,27 +4,28 @@
 //! It sleeps until the kernel says that something has changed, then reads everything that matters anew and compares: a
 //! lost message costs nothing, and neither does being killed. It changes only what the ledger says is ours.
 
+mod pace;
 mod parent;
 pub mod start;
 mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::inotify::{AddWatchFlags, WatchDescriptor};
-use nix::sys::wait::waitpid;
+use nix::sys::inotify::AddWatchFlags;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::apply::{self, Followed};
 use crate::cli::Globals;
 use crate::context::Context;
 use crate::deadline::Deadline;
-use crate::instance::{self, Instance, Process};
-use crate::kernel::netlink::events::Events;
+use crate::instance::{self, Instance, Lifeline};
+use crate::kernel::netlink::events::{Events, EventsOfMany, Nsid};
 use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
 use crate::kernel::sysctl;
 use crate::ledger::record::{Conflict, ConflictOutcome, Record};
@@ -33,7 +34,8 @@ use crate::release::{self, Cause};
 use crate::report::{self, journal::Priority};
 use crate::request::setting;
 use crate::sys;
-use watch::{Watch, Woken};
+use pace::Pace;
+use watch::{Change, Directory, Watch, Woken};
 
 /// How long the agent stays when nobody needs it any more.
 const LINGER: Duration = Duration::from_secs(60);
@@ -47,10 +49,13 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// After how many tries it is said that something does not work.
 const TRIES_MAX: u32 = 8;
-/// The longest pause.
+/// The longest pause, and the least time from the start of a process for one container that was killed or failed to the
+/// start of the next.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often processes are looked at where the kernel has no pidfd (before Linux 5.3).
 const PROCESS_POLL: Duration = Duration::from_millis(20);
+/// The least time between two of these looks for each process: it takes about a fiftieth of it.
+const PROCESS_SHARE: Duration = Duration::from_micros(200);
 
 /// From where the agent goes into namespaces.
 pub enum Stance {
@@ -88,25 +93,64 @@ pub enum Origin {
     Hook,
 }
 
+/// How it is heard of changes in a container's namespace.
+enum Source {
+    /// By the agent's one socket. `routes`: whether routes are needed, too.
+    Shared { nsid: Nsid, routes: bool },
+    /// By a socket in there.
+    Own(Events),
+    /// Not at all: a process of its own follows it.
+    Worker(Worker),
+}
+
+/// A process that follows one container from inside.
+#[derive(Clone, Copy)]
+struct Worker {
+    pid: Pid,
+    since: Instant,
+}
+
+impl Worker {
+    fn started(pid: Pid) -> Self {
+        Self { pid, since: Instant::now() }
+    }
+
+    /// Waits for its end. Gives until when there shall not be another one for the same container; None if it has done
+    /// its work.
+    fn reap(self) -> Option<Instant> {
+        match waitpid(self.pid, None) {
+            Ok(WaitStatus::Exited(_, 0)) => None,
+            _ => Some(self.since + LONGEST_PAUSE),
+        }
+    }
+}
+
 /// A container that is followed.
 struct Container {
     instance: Instance,
     name: String,
     number: u64,
-    /// None for one that a process of its own follows.
-    events: Option<Events>,
-    /// Its init, or the process that follows it; None where the kernel has no pidfd.
-    process: Option<OwnedFd>,
-    /// The process that follows it.
-    worker: Option<Pid>,
+    source: Source,
+    /// Its init, or the process that follows it.
+    process: Lifeline,
     /// The list of those who share its namespace.
-    members: WatchDescriptor,
+    members: Directory,
     /// Since when an address waits for its link or its way out.
     waiting: Option<Instant>,
+    /// How often it is looked at.
+    pace: Pace,
     /// Whether a killed hook was found at work on it, which is said once.
     interrupted: bool,
+    /// Whether its settings were looked at for the first time, so that there is a second time.
+    seen: bool,
     /// The settings that are known to have drifted, with their values.
     drifted: BTreeMap<String, String>,
+}
+
+impl Container {
+    fn has_worker(&self) -> bool {
+        matches!(self.source, Source::Worker(_))
+    }
 }
 
 /// What is to be done about a container.
@@ -155,7 +199,7 @@ pub fn run(globals: &Globals, stance: Stance, mut lock: AgentLock, origin: Origi
         }
         drop(lock);
         // A hook that found the lock taken while we were about to end relies on us.
-        if ledger.followed()?.is_empty() || matches!(stance, Stance::Inside(_)) {
+        if ledger.followed_from_here()?.is_empty() || matches!(stance, Stance::Inside(_)) {
             return Ok(());
         }
         match ledger.try_agent_lock(None)? {
@@ -165,20 +209,11 @@ pub fn run(globals: &Globals, stance: Stance, mut lock: AgentLock, origin: Origi
     }
 }
 
-/// Two descriptors for each container. Where the hard limit is low, it says so when it is reached.
+/// Up to three descriptors for each container. Where the hard limit is low, it says so when it is reached.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
-}
-
-/// What becomes readable when a process ends; None where the kernel has no pidfd.
-fn open_process(pid: u32) -> Result<Option<OwnedFd>> {
-    match sys::pidfd_open(pid) {
-        Ok(process) => Ok(Some(process)),
-        Err(Errno::ENOSYS) => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("cannot wait for the end of process {pid}")),
     }
 }
 
@@ -189,20 +224,28 @@ struct Agent<'a> {
     boot_id: String,
     watch: Watch,
     /// The ledger's list of those who are to be followed.
-    list: WatchDescriptor,
+    list: Directory,
+    /// The socket that tells of the namespaces of all containers. None where there cannot be one.
+    events: Option<EventsOfMany>,
     containers: BTreeMap<String, Container>,
     numbers: BTreeMap<u64, String>,
+    /// The processes of containers that are not followed any more, until they have ended.
+    leaving: BTreeMap<u64, (Worker, Lifeline)>,
+    /// Until when a container gets no other process, whose last one was killed or failed.
+    resting: BTreeMap<String, Instant>,
     next_number: u64,
     tasks: VecDeque<(String, Task, u32)>,
     later: Vec<Later>,
+    /// When processes without a pidfd are looked at again.
+    next_poll: Instant,
     /// Since when nobody is followed.
     idle: Option<Instant>,
     /// The last complaint about the policy file.
     policy_error: Option<String>,
     /// How to keep out of the way of a parent that may wait for us.
     way: parent::Way,
-    /// Whether it is still where the engine put the hook.
-    in_hooks_cgroups: bool,
+    /// Since when it is where the engine put the hook; None when it has left.
+    in_hooks_cgroups: Option<Instant>,
 }
 
 /// Why the loop has ended.
@@ -218,8 +261,12 @@ enum End {
 impl<'a> Agent<'a> {
     fn new(globals: &'a Globals, stance: &'a Stance, ledger: Ledger, way: parent::Way, origin: Origin) -> Result<Self> {
         ledger.make_follow_directory()?;
-        let watch = Watch::new()?;
-        let list = watch.directory(&ledger.follow_directory())?;
+        let (watch, list) = Watch::new(parent::may_wait(), &ledger.follow_directory())?;
+        // Whatever hinders: a socket in each namespace does, too.
+        let events = matches!(stance, Stance::Home(_)).then(EventsOfMany::open).and_then(Result::ok);
+        if let Some(events) = &events {
+            watch.changes_of_many(events)?;
+        }
         Ok(Self {
             globals,
             stance,
@@ -227,15 +274,19 @@ impl<'a> Agent<'a> {
             boot_id: instance::boot_id()?,
             watch,
             list,
+            events,
             containers: BTreeMap::new(),
             numbers: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            resting: BTreeMap::new(),
             next_number: 0,
             tasks: VecDeque::new(),
             later: Vec::new(),
+            next_poll: Instant::now(),
             idle: Some(Instant::now()),
             policy_error: None,
             way,
-            in_hooks_cgroups: origin == Origin::Hook,
+            in_hooks_cgroups: (origin == Origin::Hook).then(Instant::now),
         })
     }
 
@@ -247,14 +298,18 @@ impl<'a> Agent<'a> {
                     return Ok(end);
                 }
                 // That takes the kernel longer than all else; and nothing if this is the end already.
-                if self.way.due().is_none() && std::mem::take(&mut self.in_hooks_cgroups) {
+                let since = self.in_hooks_cgroups.filter(|_| self.way.due().is_none());
+                if since.is_some_and(|since| since.elapsed() >= parent::time_in_hooks_cgroups()) {
+                    self.in_hooks_cgroups = None;
                     start::leave_cgroups();
+                    self.watch_closely()?;
                 }
             }
             for woken in self.watch.wait(self.timeout())? {
                 match woken {
                     Woken::Ended(number) => self.ended(number),
                     Woken::Changed(number) => self.changed(number),
+                    Woken::ManyChanged => self.many_changed(),
                     Woken::Ledger => self.ledger_changed()?,
                 }
             }
@@ -276,10 +331,12 @@ impl<'a> Agent<'a> {
         }
         let due = self.later.iter().map(|later| later.when);
         let end = self.idle.map(|since| since + self.linger());
-        let next =
-            due.chain(end).chain(self.way.due()).min().map(|when| when.saturating_duration_since(Instant::now()));
-        let polls = self.containers.values().any(|container| container.process.is_none());
-        if polls { Some(next.map_or(PROCESS_POLL, |next| next.min(PROCESS_POLL))) } else { next }
+        // Before that it is looked at the parent first.
+        let parent = self.way.due().or(self.in_hooks_cgroups.map(|since| since + parent::CRUN_CGROUPS));
+        let next = due.chain(end).chain(parent).min().map(|when| when.saturating_duration_since(Instant::now()));
+        let polls = self.processes().any(|(_, process)| process.pidfd().is_none());
+        let poll = polls.then(|| self.next_poll.saturating_duration_since(Instant::now()));
+        next.into_iter().chain(poll).min()
     }
 
     /// One that is inside a container's namespace would keep it alive.
@@ -297,18 +354,31 @@ impl<'a> Agent<'a> {
 
     fn is_mine(&self, key: &str) -> bool {
         match self.stance {
-            Stance::Home(_) | Stance::Apart(_) => true,
+            Stance::Home(_) | Stance::Apart(_) => self.ledger.is_followed_from_here(key),
             Stance::Inside(own) => own == key,
         }
     }
 
     fn queue(&mut self, key: &str, task: Task) {
+        if task == Task::Look {
+            // Whoever changes all the time lets the others go first.
+            let pause = self.containers.get(key).map(|container| container.pace.pause(Instant::now()));
+            if let Some(pause) = pause.filter(|pause| !pause.is_zero()) {
+                return self.queue_later(key, task, pause, 0);
+            }
+        }
         if !self.tasks.iter().any(|(queued, what, _)| queued == key && *what == task) {
             self.tasks.push_back((key.into(), task, 0));
         }
     }
 
+    /// Instead of the same task at another time: each of them would be tried again by itself.
     fn queue_later(&mut self, key: &str, task: Task, pause: Duration, tries: u32) {
+        let is_same = |later: &Later| later.key == key && later.task == task;
+        // So that it is said once that it does not work, however often something happens meanwhile.
+        let before = self.later.iter().filter(|later| is_same(later)).map(|later| later.tries).max();
+        self.later.retain(|later| !is_same(later));
+        let tries = tries.max(before.unwrap_or_default());
         self.later.push(Later { when: Instant::now() + pause, key: key.into(), task, tries });
     }
 
@@ -327,17 +397,54 @@ impl<'a> Agent<'a> {
         }
     }
 
+    /// It may take its time to end when nobody waits for it, and hear what exactly has changed.
+    fn watch_closely(&mut self) -> Result<()> {
+        if parent::may_wait() {
+            return Ok(());
+        }
+        match self.watch.watch_closely(&self.ledger.follow_directory()) {
+            Ok(Some(list)) => self.list = list,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let line =
+                    format!("{error:#}; until the agent's end all containers are looked at when one comes or goes");
+                report::say(Priority::Warning, None, &line);
+                return Ok(());
+            }
+        }
+        let mut unwatched = Vec::new();
+        for (key, container) in &mut self.containers {
+            match self.watch.directory(&self.ledger.members_directory(&container.instance.netns)) {
+                Ok(members) => container.members = members,
+                Err(_) => unwatched.push(key.clone()),
+            }
+        }
+        // It has been released, or what hinders is found out when it is begun again.
+        for key in unwatched {
+            self.drop_container(&key);
+        }
+        // What came in between.
+        self.look_at_all()
+    }
+
     // --- what wakes it ----------------------------------------------------------------------------------------------
 
     /// Nothing of a dead container's namespace may be held: the sockets first, the ledger afterwards.
     fn ended(&mut self, number: u64) {
-        let Some(key) = self.numbers.get(&number).cloned() else { return };
-        let worker = self.containers.get(&key).and_then(|container| container.worker);
-        self.drop_container(&key);
-        self.container_ended();
-        if let Some(worker) = worker {
+        let key = self.numbers.get(&number).cloned();
+        if let Some(key) = &key {
+            self.drop_container(key);
+            self.container_ended();
+        }
+        let worker = self.leaving.remove(&number).map(|(worker, _)| worker);
+        let rests = worker.and_then(Worker::reap);
+        let Some(key) = key else { return };
+        if worker.is_some() {
             // It has released the container, or was killed.
-            let _ = waitpid(worker, None);
+            if let Some(until) = rests {
+                self.resting.retain(|_, until| *until > Instant::now());
+                self.resting.insert(key.clone(), until);
+            }
             self.queue(&key, Task::Begin);
             return;
         }
@@ -351,22 +458,37 @@ impl<'a> Agent<'a> {
 
     fn changed(&mut self, number: u64) {
         let Some(key) = self.numbers.get(&number).cloned() else { return };
-        let events = self.containers.get_mut(&key).and_then(|container| container.events.as_mut());
-        if events.is_some_and(Events::drain) {
+        let source = self.containers.get_mut(&key).map(|container| &mut container.source);
+        if let Some(Source::Own(events)) = source {
+            if events.drain() {
+                self.queue(&key, Task::Look);
+            }
+        }
+    }
+
+    /// A number may be that of a namespace which is gone, and of another one meanwhile: only until the end of the container
+    /// is heard of, and who is looked at is told by its process.
+    fn many_changed(&mut self) {
+        let Some(heard) = self.events.as_ref().map(EventsOfMany::drain) else { return };
+        let concerned = self.containers.iter().filter(|(_, container)| match &container.source {
+            Source::Shared { nsid, .. } => heard.lost || heard.namespaces.contains(nsid),
+            Source::Own(_) | Source::Worker(_) => false,
+        });
+        for key in concerned.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
             self.queue(&key, Task::Look);
         }
     }
 
     fn ledger_changed(&mut self) -> Result<()> {
-        for event in self.watch.ledger_events()? {
-            if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                // Something was lost: everything is looked at anew.
-                self.read_list()?;
-                for key in self.containers.keys().cloned().collect::<Vec<_>>() {
-                    self.queue(&key, Task::Look);
-                    self.queue(&key, Task::Settings);
+        for change in self.watch.ledger_changes()? {
+            let event = match change {
+                Change::Anything => {
+                    self.look_at_all()?;
+                    continue;
                 }
-            } else if event.wd == self.list {
+                Change::Name(event) => event,
+            };
+            if self.list.is(event.wd) {
                 let Some(key) = event.name.and_then(|name| name.into_string().ok()) else { continue };
                 if key.starts_with(TEMPORARY) {
                     continue;
@@ -379,7 +501,7 @@ impl<'a> Agent<'a> {
                 }
             } else {
                 // Somebody came into a namespace or left it, and took what was his.
-                let sharing = self.containers.iter().filter(|(_, container)| container.members == event.wd);
+                let sharing = self.containers.iter().filter(|(_, container)| container.members.is(event.wd));
                 for key in sharing.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
                     self.queue(&key, Task::Look);
                     self.queue(&key, Task::Settings);
@@ -389,10 +511,21 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// It is not known what has changed.
+    fn look_at_all(&mut self) -> Result<()> {
+        self.read_list()?;
+        for key in self.containers.keys().cloned().collect::<Vec<_>>() {
+            self.queue(&key, Task::Look);
+            self.queue(&key, Task::Settings);
+        }
+        Ok(())
+    }
+
     fn read_list(&mut self) -> Result<()> {
         let list = self.ledger.followed()?;
         for key in self.containers.keys().filter(|key| !list.contains(key)).cloned().collect::<Vec<_>>() {
             self.drop_container(&key);
+            self.container_ended();
         }
         for key in list {
             if self.is_mine(&key) {
@@ -402,18 +535,24 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// Looks for those that have ended where the kernel does not say so by itself.
     fn poll_processes(&mut self) {
-        let ended = |container: &&Container| {
-            container.process.is_none()
-                && match container.worker {
-                    Some(worker) => !Process::read(worker.as_raw() as u32).is_ok_and(|process| process.alive),
-                    None => !container.instance.is_alive(&self.boot_id),
-                }
-        };
-        let numbers: Vec<u64> = self.containers.values().filter(ended).map(|container| container.number).collect();
+        if self.next_poll > Instant::now() {
+            return;
+        }
+        let ended = self.processes().filter(|(_, process)| process.is_cut());
+        let numbers: Vec<u64> = ended.map(|(number, _)| number).collect();
+        let count = u32::try_from(self.processes().count()).unwrap_or(u32::MAX);
+        self.next_poll = Instant::now() + PROCESS_POLL.max(PROCESS_SHARE.saturating_mul(count));
         for number in numbers {
             self.ended(number);
         }
+    }
+
+    /// The processes whose ends are waited for.
+    fn processes(&self) -> impl Iterator<Item = (u64, &Lifeline)> {
+        let followed = self.containers.values().map(|container| (container.number, &container.process));
+        followed.chain(self.leaving.iter().map(|(number, (_, process))| (*number, process)))
     }
 
     /// A container has ended, perhaps before it could be followed: its engine may wait for us now.
@@ -428,14 +567,18 @@ impl<'a> Agent<'a> {
         self.later.retain(|later| later.key != key);
         let Some(container) = self.containers.remove(key) else { return };
         self.numbers.remove(&container.number);
-        if !self.containers.values().any(|other| other.members == container.members) {
+        if !self.containers.values().any(|other| other.members.is_watched_as(&container.members)) {
             self.watch.forget_directory(container.members);
+        }
+        if let Source::Worker(worker) = container.source {
+            self.leaving.insert(container.number, (worker, container.process));
         }
     }
 
     // --- what it does -----------------------------------------------------------------------------------------------
 
     fn perform(&mut self, key: &str, task: Task, tries: u32) {
+        let begin = Instant::now();
         let done = match task {
             Task::Begin => self.begin(key),
             Task::Look => self.look(key),
@@ -443,6 +586,9 @@ impl<'a> Agent<'a> {
             Task::Release => self.release(key),
         };
         self.go_home();
+        if let (Task::Look, Some(container)) = (task, self.containers.get_mut(key)) {
+            container.pace.worked(begin.elapsed(), Instant::now());
+        }
         let Err(error) = done else { return };
         let pause = (FIRST_PAUSE * 2_u32.pow(tries.min(TRIES_MAX))).min(LONGEST_PAUSE);
         if self.policy_error.is_some() {
@@ -450,8 +596,8 @@ impl<'a> Agent<'a> {
             self.queue_later(key, task, LONGEST_PAUSE.min(pause), tries.min(TRIES_MAX - 1) + 1);
             return;
         }
+        self.queue_later(key, task, pause, tries + 1);
         if tries != TRIES_MAX {
-            self.queue_later(key, task, pause, tries + 1);
             return;
         }
         let name = self.containers.get(key).map_or(key, |container| &container.name);
@@ -459,19 +605,10 @@ impl<'a> Agent<'a> {
             Task::Begin => "cannot be followed",
             Task::Look => "its interfaces could not be brought to what was asked for",
             Task::Settings => "its settings could not be looked at",
-            Task::Release => "its init has ended, and it could not be let go (mptcp-hook release --stale tries again)",
+            Task::Release => "its init has ended, and it could not be let go",
         };
-        report::say(Priority::Error, Some(name), &format!("{attempt}: {error:#}"));
-        match task {
-            // Nobody is to wait for it; status shows that it is not followed.
-            Task::Begin => {
-                let _ = self.ledger.unfollow(key);
-            }
-            // What it held holds others back.
-            Task::Release => self.queue_later(key, task, pause, tries + 1),
-            // The next event is the next try.
-            Task::Look | Task::Settings => {}
-        }
+        let line = format!("{attempt}: {error:#}; it is tried again every {} seconds", LONGEST_PAUSE.as_secs());
+        report::say(Priority::Error, Some(name), &line);
     }
 
     /// A visit comes back by itself where it can.
@@ -487,7 +624,7 @@ impl<'a> Agent<'a> {
 
     /// The policy as it is now, with a deadline that does not keep others waiting.
     fn context(&mut self) -> Result<Context> {
-        match Context::new(self.globals) {
+        match Context::new(self.globals, Instant::now()) {
             Ok(context) => {
                 self.policy_error = None;
                 Ok(Context { deadline: Deadline::after(PATIENCE), ..context })
@@ -508,14 +645,7 @@ impl<'a> Agent<'a> {
             Some(record) => record,
             None => {
                 self.container_ended();
-                // Released, or its hook has failed. Looked at again under its lock, which that hook may still hold.
-                let names = [format!("container:{key}")];
-                let locks = self.ledger.lock_by_name(&names, key, Deadline::after(PATIENCE))?;
-                if self.ledger.record(key)?.is_none() {
-                    self.ledger.unfollow(key)?;
-                    locks.discard(&names[0])?;
-                }
-                return Ok(());
+                return self.forget(key, false);
             }
         };
         if !record.instance.is_alive(&self.boot_id) {
@@ -528,6 +658,11 @@ impl<'a> Agent<'a> {
             Some(known) if known.instance == record.instance => {}
             _ => {
                 self.drop_container(key);
+                let inside = matches!(self.stance, Stance::Inside(_));
+                if inside && Visit::already_inside()?.id()? != record.instance.netns {
+                    // Another life of it, where this process cannot go: it ends, and another one begins.
+                    return Ok(());
+                }
                 let instance = record.instance.clone();
                 let opened = match self.stance {
                     Stance::Apart(_) => self.open_apart(key, record),
@@ -548,59 +683,109 @@ impl<'a> Agent<'a> {
                 self.containers.insert(key.into(), container);
                 self.idle = None;
                 self.queue(key, Task::Settings);
-                self.queue_later(key, Task::Settings, SECOND_LOOK, 0);
             }
         }
         self.queue(key, Task::Look);
         Ok(())
     }
 
+    /// Takes a container off the list that the ledger does not know: released, or its hook has failed; and one that is dead
+    /// if it is `left` to others. That is looked at under its lock, which a hook may hold that brings it back.
+    fn forget(&self, key: &str, left: bool) -> Result<()> {
+        let names = [format!("container:{key}")];
+        let locks = self.ledger.lock_by_name(&names, key, Deadline::after(PATIENCE))?;
+        match self.ledger.record(key)? {
+            Some(record) if !left || record.instance.is_alive(&self.boot_id) => Ok(()),
+            Some(_) => self.ledger.unfollow(key),
+            None => {
+                self.ledger.unfollow(key)?;
+                locks.discard(&names[0])
+            }
+        }
+    }
+
     fn open(&mut self, record: Record) -> Result<Container> {
         let Record { instance, name, .. } = record;
         let pid = instance.pid.context("it has no process")?;
-        let process = open_process(pid)?;
+        let process = Lifeline::of(pid)?;
         let mut visit = self.visit(&instance)?;
         if visit.id()? != instance.netns {
             bail!("process {pid} is in another network namespace by now");
         }
-        let events = Events::open()?;
+        let elsewhere = !visit.target_is_host();
         drop(visit);
+        let source = self.source(&instance, elsewhere)?;
         let members = self.watch.directory(&self.ledger.members_directory(&instance.netns))?;
         let number = self.next_number;
         self.next_number += 1;
-        if let Some(process) = &process {
+        if let Some(process) = process.pidfd() {
             self.watch.process(number, process)?;
         }
-        self.watch.changes(number, &events)?;
+        if let Source::Own(events) = &source {
+            self.watch.changes(number, events)?;
+        }
         // Whatever the pid stands for by now, the start time tells.
         if !instance.is_alive(&self.boot_id) {
             bail!("process {pid} has ended");
         }
-        let events = Some(events);
         Ok(Container {
             instance,
             name,
             number,
-            events,
+            source,
             process,
-            worker: None,
             members,
             waiting: None,
+            pace: Pace::new(Instant::now()),
             interrupted: false,
+            seen: false,
             drifted: BTreeMap::new(),
         })
     }
 
-    /// Starts the process that follows one container from inside. None if there is one that a hook has started: it is
-    /// looked at again later.
+    /// The agent's socket at home, or where that does not reach one in the container's namespace. `elsewhere`: it is not
+    /// at home itself.
+    fn source(&mut self, instance: &Instance, elsewhere: bool) -> Result<Source> {
+        self.go_home();
+        if let (Some(events), Some(pid), true) = (&mut self.events, instance.pid, elsewhere) {
+            if let Ok(nsid) = events.number_of(pid, Deadline::after(PATIENCE)) {
+                // Before it is looked at, so that nothing is missed.
+                events.hear_of_routes(true)?;
+                return Ok(Source::Shared { nsid, routes: true });
+            }
+        }
+        let mut visit = self.visit(instance)?;
+        visit.inside()?;
+        Events::open().map(Source::Own)
+    }
+
+    /// Has the socket for all hear what any of them needs.
+    fn choose_what_to_hear(&mut self) -> Result<()> {
+        let wants_routes = |container: &Container| matches!(container.source, Source::Shared { routes: true, .. });
+        let routes = self.containers.values().any(wants_routes);
+        self.events.as_mut().map_or(Ok(()), |events| events.hear_of_routes(routes))
+    }
+
+    /// Starts the process that follows one container from inside. None if a hook has started one, or its engine's agent, or
+    /// if the last one has ended too soon: it is looked at again later.
     fn open_apart(&mut self, key: &str, record: Record) -> Result<Option<Container>> {
         let Record { instance, name, .. } = record;
-        let Some(lock) = self.ledger.try_agent_lock(Some(key))? else {
+        let rests = self.resting.get(key).map(|until| until.saturating_duration_since(Instant::now()));
+        if let Some(rest) = rests.filter(|rest| !rest.is_zero()) {
+            self.queue_later(key, Task::Begin, rest, 0);
+            return Ok(None);
+        }
+        let lock = match self.ledger.has_agent_of_its_engine(key) {
+            true => None,
+            false => self.ledger.try_agent_lock(Some(key))?,
+        };
+        let Some(lock) = lock else {
             self.queue_later(key, Task::Begin, LINGER / 2, 0);
             return Ok(None);
         };
+        let members = self.watch.directory(&self.ledger.members_directory(&instance.netns))?;
         let globals = Globals { state_dir: Some(self.ledger.directory().into()), ..self.globals.clone() };
-        let Some(worker) = sys::fork().context("cannot fork")? else {
+        let Some(pid) = sys::fork().context("cannot fork")? else {
             let done = sys::close_all_but(lock.as_fd())
                 .context("cannot let go of the agent's descriptors")
                 .and_then(|()| self.enter(&instance))
@@ -610,25 +795,33 @@ impl<'a> Agent<'a> {
             }
             std::process::exit(i32::from(done.is_err()));
         };
-        lock.leave_to_child();
-        let members = self.watch.directory(&self.ledger.members_directory(&instance.netns))?;
-        let process = open_process(worker.as_raw() as u32)?;
+        let worker = Worker::started(pid);
         let number = self.next_number;
         self.next_number += 1;
-        if let Some(process) = &process {
-            self.watch.process(number, process)?;
-        }
-        let worker = Some(worker);
+        let watched = lock.leave_to_child().and_then(|()| Lifeline::of(pid.as_raw() as u32)).and_then(|process| {
+            process.pidfd().map_or(Ok(()), |process| self.watch.process(number, process))?;
+            Ok(process)
+        });
+        let process = match watched {
+            Ok(process) => process,
+            Err(error) => {
+                // Nobody would hear of its end.
+                let _ = kill(pid, Signal::SIGKILL);
+                worker.reap();
+                return Err(error);
+            }
+        };
         Ok(Some(Container {
             instance,
             name,
             number,
-            events: None,
+            source: Source::Worker(worker),
             process,
-            worker,
             members,
             waiting: None,
+            pace: Pace::new(Instant::now()),
             interrupted: false,
+            seen: false,
             drifted: BTreeMap::new(),
         }))
     }
@@ -657,7 +850,7 @@ impl<'a> Agent<'a> {
     }
 
     fn look(&mut self, key: &str) -> Result<()> {
-        let Some(container) = self.containers.get(key).filter(|container| container.events.is_some()) else {
+        let Some(container) = self.containers.get(key).filter(|container| !container.has_worker()) else {
             return Ok(());
         };
         let (instance, name, waiting) = (container.instance.clone(), container.name.clone(), container.waiting);
@@ -677,10 +870,13 @@ impl<'a> Agent<'a> {
                 if let Some(container) = self.containers.get_mut(key) {
                     container.waiting = since;
                     container.interrupted = false;
-                    if let Some(events) = &mut container.events {
-                        events.hear_of_routes(wants_routes)?;
+                    match &mut container.source {
+                        Source::Shared { routes, .. } => *routes = wants_routes,
+                        Source::Own(events) => events.hear_of_routes(wants_routes)?,
+                        Source::Worker(_) => {}
                     }
                 }
+                self.choose_what_to_hear()?;
                 if let Some(since) = since {
                     self.queue_later(key, Task::Look, GRACE.saturating_sub(since.elapsed()), 0);
                 }
@@ -700,10 +896,11 @@ impl<'a> Agent<'a> {
 
     /// Notes the settings of the namespace that somebody has changed; they are left as they are.
     fn look_at_settings(&mut self, key: &str) -> Result<()> {
-        let Some(container) = self.containers.get(key).filter(|container| container.events.is_some()) else {
+        let Some(container) = self.containers.get(key).filter(|container| !container.has_worker()) else {
             return Ok(());
         };
         let instance = container.instance.clone();
+        let pid = instance.pid.context("it has no process")?;
         let Some(record) = self.ledger.record(key)?.filter(|record| record.instance == instance) else { return Ok(()) };
         let owned: Vec<_> = record.netns_claims().collect();
         if owned.is_empty() || !instance.is_alive(&self.boot_id) {
@@ -714,13 +911,15 @@ impl<'a> Agent<'a> {
         let seen: Vec<_> = owned.iter().map(|own| sysctl::look(&own.key)).collect();
         drop(visit);
         self.go_home();
-        let Some(container) = self.containers.get_mut(key) else { return Ok(()) };
+        let Some(mut drifted) = self.containers.get(key).map(|container| container.drifted.clone()) else {
+            return Ok(());
+        };
         let mut conflicts = Vec::new();
         for (own, seen) in owned.iter().zip(&seen) {
             let Some(value) = seen.value() else { continue };
             if setting::same(&own.key, value, &own.value) {
-                container.drifted.remove(&own.key.to_string());
-            } else if container.drifted.insert(own.key.to_string(), value.into()).as_deref() != Some(value) {
+                drifted.remove(&own.key.to_string());
+            } else if drifted.insert(own.key.to_string(), value.into()).as_deref() != Some(value) {
                 conflicts.push(Conflict {
                     time: ledger::now(),
                     container: instance.container.id.clone(),
@@ -730,13 +929,13 @@ impl<'a> Agent<'a> {
                     holders: vec![instance.container.id.clone()],
                     outcome: ConflictOutcome::Drift,
                     reason: format!(
-                        "{} was set to {} in the container's namespace and is {value} now; the runtime's linux.sysctl or somebody in the namespace changed it, and it is left so",
+                        "{} was set to {} in the namespace of the container's process {pid} and is {value} now; the runtime's linux.sysctl or somebody in the namespace changed it, and it is left so",
                         own.key, own.value
                     ),
                 });
             }
         }
-        // A restarted agent does not say it again.
+        // A restarted agent does not say it again; of another life, with another process, it is said.
         if !conflicts.is_empty() {
             let known = self.ledger.conflicts()?.items;
             conflicts.retain(|new| !known.iter().any(|old| Conflict { time: new.time, ..old.clone() } == *new));
@@ -745,14 +944,31 @@ impl<'a> Agent<'a> {
         for conflict in &conflicts {
             report::say(Priority::Warning, Some(&record.name), &conflict.reason);
         }
+        if let Some(container) = self.containers.get_mut(key) {
+            container.drifted = drifted;
+            if !std::mem::replace(&mut container.seen, true) {
+                self.queue_later(key, Task::Settings, SECOND_LOOK, 0);
+            }
+        }
         Ok(())
     }
 
     fn release(&mut self, key: &str) -> Result<()> {
-        let Some(record) = self.ledger.record(key)? else { return self.ledger.unfollow(key) };
+        let Some(record) = self.ledger.record(key)? else { return self.forget(key, false) };
         let context = self.context()?;
-        match release::release(&record.instance.container, &context, Cause::Stale)? {
-            release::Done::Unknown => self.ledger.unfollow(key)?,
+        let done = match release::release(&record.instance.container, &context, Cause::Agent) {
+            Err(error) if error.is::<release::OutOfReach>() => {
+                self.forget(key, true)?;
+                let line = format!(
+                    "its init has ended, and {error:#}: it is left to the poststop hook, or mptcp-hook release --stale in the host's"
+                );
+                report::say(Priority::Warning, Some(&record.name), &line);
+                return Ok(());
+            }
+            done => done?,
+        };
+        match done {
+            release::Done::Unknown => self.forget(key, false)?,
             // Its id is in use by a new life.
             release::Done::Alive(_) => self.queue(key, Task::Begin),
             release::Done::Released(record, notes) => {

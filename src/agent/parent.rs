@@ -3,8 +3,8 @@
 //! engine that ends only when its last child has ended:
 //!
 //! - conmon is none any more once its container has ended: a child that the agent makes then belongs to somebody else.
-//! - `crun run` in the foreground stays one: the agent has to end. The poststop hook that crun runs next starts another
-//!   agent if other containers need it, and crun does not wait for that one.
+//! - `crun run` in the foreground stays one: the agent has to end, and at once. The poststop hook that crun runs next starts
+//!   another agent if other containers need it, and crun does not wait for that one.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,13 @@ use super::End;
 use crate::kernel::sysctl::read_text;
 
 /// How long after the end of a container conmon is where it waits; it doubles with each try, each of which costs a new
-/// process that reads everything anew.
-const CONMON_PAUSE: Duration = Duration::from_millis(100);
-/// The same for crun, which is only looked at.
-const CRUN_PAUSE: Duration = Duration::from_millis(2);
+/// process that reads everything anew. Mostly the first one is enough.
+const CONMON_PAUSE: Duration = Duration::from_millis(2);
+/// The same for crun, which is only looked at. It reaps the container's init at once.
+const CRUN_PAUSE: Duration = Duration::from_millis(1);
+/// How long the agent stays in the cgroups of a `crun run` in the foreground. To leave them takes the kernel an RCU grace
+/// period, 10-25 ms in which the agent cannot end and crun, if its container ends then, waits for it.
+pub const CRUN_CGROUPS: Duration = Duration::from_secs(1);
 /// For how long in all it is tried.
 const LONGEST_PAUSE: Duration = Duration::from_secs(6);
 
@@ -60,6 +63,29 @@ impl Way {
         let pause = first.map(|first| first * 2_u32.pow(self.tries)).filter(|pause| *pause < LONGEST_PAUSE);
         self.due = pause.map(|pause| Instant::now() + pause);
     }
+}
+
+/// How long the agent stays in the cgroups of the hook that has started it.
+pub fn time_in_hooks_cgroups() -> Duration {
+    match parent_name().as_deref() {
+        Some("crun") => CRUN_CGROUPS,
+        _ => Duration::ZERO,
+    }
+}
+
+/// Whether crun may wait for the end of this process, now or when the hook that has forked it has ended.
+pub fn may_wait() -> bool {
+    let mut pid = nix::unistd::getppid().as_raw();
+    while pid > 1 {
+        // proc(5): pid (name) state parent
+        let stat = read_text(&format!("/proc/{pid}/stat")).unwrap_or_default();
+        let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')) else { return false };
+        if name == "crun" {
+            return true;
+        }
+        pid = rest.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()).unwrap_or_default();
+    }
+    false
 }
 
 fn parent_name() -> Option<String> {

@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -18,23 +19,35 @@ use crate::sys;
 /// The unit that starts the agent under systemd when the list of containers to follow is not empty.
 pub const UNIT: &str = "mptcp-hook-agent.path";
 
+/// What it starts.
+const SERVICE: &str = "mptcp-hook-agent.service";
+
 /// systemd is the init system if this is there (sd_booted(3)).
 const SYSTEMD: &str = "/run/systemd/system";
 
-/// Where `systemctl enable` puts its links.
+/// Where `systemctl enable` puts its links for all.
 const ENABLED: [&str; 2] = ["/etc/systemd", "/run/systemd"];
+
+/// How long a hook waits before it looks again what becomes of a lock that is held and no agent has yet announced itself by.
+const LOCK_PAUSE: Duration = Duration::from_millis(1);
 
 /// Nothing tells when a namespace that is only bound to a path is not needed any more.
 const NO_PROCESS: &str = "only containers with a process can be followed";
 
-/// Why nobody follows a container that needs it; None if somebody is about to.
-pub fn why_not(ledger: &Ledger, record: &Record) -> Option<String> {
+/// Why nobody follows a container that needs it.
+pub fn why_not(ledger: &Ledger, record: &Record) -> String {
     if record.instance.pid.is_none() {
-        return Some(NO_PROCESS.into());
+        return NO_PROCESS.into();
     }
-    match systemd_trouble(ledger.directory()) {
-        Some(trouble) => trouble,
-        None => Some("no agent runs; start mptcp-hook agent, or apply again".into()),
+    if !ledger.is_followed(&record.instance.container.key()) {
+        return "it is not on the agent's list (the hook was killed, or could not write there); mptcp-hook apply puts it there".into();
+    }
+    match Starter::of(ledger.directory()) {
+        Starter::Hook => "no agent runs; start mptcp-hook agent, or apply again".into(),
+        Starter::Unit(systemctl) => format!(
+            "no agent runs although {UNIT} is enabled, which starts one unless it is stopped ({systemctl} start {UNIT}) or the agent fails ({systemctl} status {SERVICE})"
+        ),
+        Starter::Nobody(why) => why,
     }
 }
 
@@ -71,11 +84,11 @@ pub fn make_sure(record: &Record, position: Position, context: &Context, globals
 }
 
 /// Starts another agent if containers are to be followed and none runs: one of them has just been released, perhaps
-/// because the agent had to end for it.
-pub fn make_sure_for_others(context: &Context, globals: &Globals) -> Result<()> {
-    let Some(ledger) = Ledger::open(&context.state_dir)? else { return Ok(()) };
-    let list = ledger.followed()?;
-    if list.is_empty() || systemd_trouble(&context.state_dir).is_some() {
+/// because the agent had to end for it. No policy is needed for that: whatever is wrong with it, an agent waits for its end.
+pub fn make_sure_for_others(globals: &Globals) -> Result<()> {
+    let Some(ledger) = Ledger::open(&Context::state_dir(globals)?)? else { return Ok(()) };
+    let list = ledger.followed_from_here()?;
+    if list.is_empty() || !matches!(Starter::of(ledger.directory()), Starter::Hook) {
         return Ok(());
     }
     let followers = ledger.followers()?;
@@ -83,68 +96,133 @@ pub fn make_sure_for_others(context: &Context, globals: &Globals) -> Result<()> 
         return Ok(());
     }
     match ledger.try_agent_lock(None)? {
-        Some(lock) => start(lock, context, globals, Stance::home),
+        Some(lock) => start(lock, &ledger, globals, Stance::home),
         None => Ok(()),
     }
 }
 
 fn begin(ledger: &Ledger, key: &str, position: Position, context: &Context, globals: &Globals) -> Result<Following> {
     ledger.follow(key)?;
+    // Perhaps by one outside of this user namespace, which looks into it, too.
+    if ledger.has_any_follower(key)? {
+        return Ok(Following::Yes);
+    }
+    match Starter::of(&context.state_dir) {
+        Starter::Hook => {}
+        Starter::Unit(_) => return Ok(Following::Yes),
+        Starter::Nobody(why) => return Ok(Following::No(why)),
+    }
+    if position == Position::StartedInside {
+        let reason = "no agent runs, and a createContainer hook cannot start one; start mptcp-hook agent";
+        return Ok(Following::No(reason.into()));
+    }
     // Whoever has gone into the container's user namespace for good can follow this one alone.
     let only = (position == Position::Entered).then_some(key);
-    let Some(lock) = ledger.try_agent_lock(only)? else { return Ok(Following::Yes) };
-    if let Some(trouble) = systemd_trouble(&context.state_dir) {
-        return Ok(trouble.map_or(Following::Yes, Following::No));
-    }
-    match position {
-        Position::Outside => start(lock, context, globals, Stance::home),
-        Position::Entered => start(lock, context, globals, || Ok(Stance::Inside(key.into()))),
-        Position::StartedInside => {
-            let reason = "no agent runs, and a createContainer hook cannot start one; start mptcp-hook agent";
-            return Ok(Following::No(reason.into()));
+    let lock = loop {
+        if let Some(lock) = ledger.try_agent_lock(only)? {
+            break lock;
         }
+        // An agent that is about to say that it runs, or one that has just ended.
+        if ledger.has_any_follower(key)? {
+            return Ok(Following::Yes);
+        }
+        if context.deadline.over() {
+            return Ok(Following::No(format!(
+                "no agent runs, and none can be started while another process holds the lock {} (fuser -v shows it)",
+                ledger.agent_lock_file(only).display()
+            )));
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    };
+    match only {
+        None => start(lock, ledger, globals, Stance::home),
+        Some(key) => start(lock, ledger, globals, || Ok(Stance::Inside(key.into()))),
     }?;
     Ok(Following::Yes)
 }
 
-/// Under systemd the unit starts the agent, and nobody else: None where systemd is not the init system, else why the
-/// unit will not.
-fn systemd_trouble(state_dir: &Path) -> Option<Option<String>> {
-    if !Path::new(SYSTEMD).is_dir() {
-        return None;
+/// Who starts an agent if none runs.
+enum Starter {
+    /// The hook.
+    Hook,
+    /// The unit, which is this command's to look at.
+    Unit(&'static str),
+    /// Nobody, and why.
+    Nobody(String),
+}
+
+impl Starter {
+    /// Under systemd it is the unit, and nobody else.
+    fn of(state_dir: &Path) -> Self {
+        if !Path::new(SYSTEMD).is_dir() {
+            return Self::Hook;
+        }
+        let is_host_root = in_initial_user_namespace() && nix::unistd::geteuid().is_root();
+        let uid = user_of(state_dir);
+        let (scope, systemctl, watched) = match is_host_root {
+            true => ("system", "systemctl", (state_dir == Path::new("/run/mptcp-hook")).then_some(None)),
+            false => ("user", "systemctl --user", uid.map(Some)),
+        };
+        let Some(uid) = watched else {
+            let usual = if is_host_root { "/run/mptcp-hook" } else { "/run/user/UID/mptcp-hook" };
+            return Self::Nobody(format!(
+                "no agent runs, and {UNIT} watches {usual} alone; start mptcp-hook agent --state-dir {}",
+                state_dir.display()
+            ));
+        };
+        let mut places = ENABLED.map(PathBuf::from).to_vec();
+        let home = uid.and_then(home_of);
+        places.extend(uid.map(|uid| format!("/run/user/{uid}/systemd").into()));
+        places.extend(home.iter().map(|home| home.join(".config/systemd")));
+        let wanted = |directory: PathBuf| {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
+            entries.map(|entry| entry.path().join(UNIT)).any(|link| link.symlink_metadata().is_ok())
+        };
+        if places.iter().any(|place| wanted(place.join(scope))) {
+            return Self::Unit(systemctl);
+        }
+        let (is_it, units, more) = match (uid, home) {
+            (None, _) => ("is not enabled".into(), "hooks/systemd", ""),
+            (Some(_), Some(_)) => {
+                ("is not enabled".into(), "hooks/systemd/user", "; for all users: systemctl --global enable")
+            }
+            // Whoever is not there keeps what he has enabled nobody knows where.
+            (Some(uid), None) => (
+                format!(
+                    "is not enabled for all users (systemctl --global enable {UNIT}), and uid {uid}, who may have enabled it alone, is not in /etc/passwd"
+                ),
+                "hooks/systemd/user",
+                "",
+            ),
+        };
+        Self::Nobody(format!(
+            "no agent runs: {UNIT} {is_it} ({systemctl} enable --now {UNIT}{more}; make install puts it in place, or copy {units} to /etc/systemd/{scope})"
+        ))
     }
-    let is_host_root = in_initial_user_namespace() && nix::unistd::geteuid().is_root();
-    let (scope, units, command) = match is_host_root {
-        true => ("system", "hooks/systemd", "systemctl"),
-        false => ("user", "hooks/systemd/user", "systemctl --user"),
-    };
-    if is_host_root && state_dir != Path::new("/run/mptcp-hook") {
-        return Some(Some(format!(
-            "no agent runs, and {UNIT} watches /run/mptcp-hook alone; start mptcp-hook agent --state-dir {}",
-            state_dir.display()
-        )));
-    }
-    let wanted = |directory: PathBuf| {
-        let entries = std::fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
-        entries.map(|entry| entry.path().join(UNIT)).any(|link| link.symlink_metadata().is_ok())
-    };
-    if ENABLED.iter().any(|directory| wanted(Path::new(directory).join(scope))) {
-        return Some(None);
-    }
-    Some(Some(format!(
-        "no agent runs: {UNIT} is not enabled ({command} enable --now {UNIT}; make install puts it in place, or copy {units} to /etc/systemd/{scope})"
-    )))
+}
+
+/// Whose the usual state directory of a user is.
+fn user_of(state_dir: &Path) -> Option<u32> {
+    state_dir.strip_prefix("/run/user").ok()?.to_str()?.strip_suffix("/mptcp-hook")?.parse().ok()
+}
+
+/// A user's home, where `systemctl --user enable` puts its links. No environment is believed, and what is not in the
+/// file (LDAP) would take a library's plugins.
+fn home_of(uid: u32) -> Option<PathBuf> {
+    let users = std::fs::read_to_string("/etc/passwd").ok()?;
+    // passwd(5): name:password:UID:GID:GECOS:directory:shell
+    let mut fields = users.lines().map(|line| line.split(':').skip(2));
+    fields.find_map(|mut fields| (fields.next()?.parse() == Ok(uid)).then(|| fields.nth(2).map(PathBuf::from))?)
 }
 
 /// Forks the agent. It is out of the engine's reach: in a session of its own, with nothing of the caller's open, and
 /// out of the cgroups of the container and the runtime where it may leave them.
-fn start(lock: AgentLock, context: &Context, globals: &Globals, stance: impl FnOnce() -> Result<Stance>) -> Result<()> {
+fn start(lock: AgentLock, ledger: &Ledger, globals: &Globals, stance: impl FnOnce() -> Result<Stance>) -> Result<()> {
     // What has to be read or opened from outside, and what is derived from who we are.
     let config = globals.config.as_ref().map(std::path::absolute).transpose().context("cannot tell where we are")?;
-    let globals = Globals { config, state_dir: Some(context.state_dir.clone()) };
+    let globals = Globals { config, state_dir: Some(ledger.directory().into()) };
     if sys::fork().context("cannot fork")?.is_some() {
-        lock.leave_to_child();
-        return Ok(());
+        return lock.leave_to_child();
     }
     let done = detach().and_then(|()| super::run(&globals, stance()?, lock, Origin::Hook));
     if let Err(error) = &done {

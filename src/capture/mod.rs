@@ -13,23 +13,25 @@ use std::collections::HashMap;
 use std::io::{ErrorKind, Write};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
-use crate::cli::Target;
+use crate::cli::{Capture, Target};
 use crate::deadline::Deadline;
 use crate::error::plain;
 use crate::front::command;
+use crate::instance::Lifeline;
+use crate::kernel::Kind;
 use crate::kernel::netlink::events::Events;
 use crate::kernel::netlink::route::Route;
 use crate::ledger::Ledger;
 use crate::privileges::{self, Work};
 use crate::report::text::utc;
-use crate::{apply, sys};
+use crate::{apply, kernel};
 
 use option::MptcpOption;
 use packet::Packet;
@@ -40,64 +42,64 @@ use socket::{Captured, Direction, PacketSocket};
 const LIST_PATIENCE: Duration = Duration::from_secs(2);
 /// The longest wait at once; poll(2) takes milliseconds in 32 bits.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// The same where the kernel has no pidfd (before Linux 5.3), so that the container's process has to be looked at.
+const PROCESS_POLL: Duration = Duration::from_millis(20);
 
-/// What is to be captured, and until when.
-#[derive(Debug)]
-pub struct Capture {
-    /// Where.
-    pub target: Target,
-    /// As JSON.
-    pub json: bool,
-    /// Packets with no MPTCP option but DSS, too.
-    pub dss: bool,
-    /// After so many packets it ends.
-    pub count: Option<u64>,
-    /// After this time it ends.
-    pub duration: Option<Duration>,
-    /// A file for the packets.
-    pub write: Option<PathBuf>,
-}
+/// How long packets are shown without a look at what ends the capture: they may come faster than they are shown.
+const TURN: Duration = Duration::from_millis(50);
+/// How long packets that wait are shown when the capture has come to its end.
+const LAST_TURN: Duration = Duration::from_millis(500);
+/// How often the kernel is asked what it had to drop while packets wait.
+const COUNT_PAUSE: Duration = Duration::from_secs(1);
 
-impl Capture {
-    /// Captures until there is an end: of what was asked for, of the container, or of the reader.
-    pub fn run(&self, state_dir: &Path) -> Result<()> {
-        let deadline = Deadline::after(self.duration.unwrap_or(Duration::MAX));
-        let ledger = match &self.target {
-            Target::Known(_) => Ledger::open(state_dir)?,
-            Target::Pid(_) | Target::Netns(_) => None,
-        };
-        let (name, place) = command::look(&self.target, ledger.as_ref())?;
-        let (visit, process) = apply::open(&place)?;
-        let mut visit = visit.for_work(Work::Capture);
-        // The namespace would live on with us when its container has ended.
-        let init = match process {
-            Some((pid, _)) => sys::pidfd_open(pid).ok(),
-            None => None,
-        };
-        // Before going in: the user of a rootless container is another one inside.
-        let file = self.write.as_deref().map(PcapFile::open).transpose()?;
-        visit.inside()?;
-        let mut session = Session {
-            capture: self,
-            socket: PacketSocket::open(self.dss)?,
-            events: Events::open()?,
-            names: Names::default(),
-            file,
-            left: self.count,
-        };
-        session.events.hear_of_routes(false)?;
-        privileges::end()?;
-        session.names.refresh();
-        if let Some(file) = &mut session.file {
-            file.begin().context(WRITE_FAILED)?;
+/// Captures until there is an end: of what was asked for, of the container, or of the reader.
+pub fn run(capture: &Capture, state_dir: &Path) -> Result<()> {
+    let deadline = Deadline::after(capture.duration.unwrap_or(Duration::MAX));
+    let ledger = match &capture.target {
+        Target::Known(_) => Ledger::open(state_dir)?,
+        Target::Pid(_) | Target::Netns(_) => None,
+    };
+    let (name, place) = command::look(&capture.target, ledger.as_ref())?;
+    let (visit, process) = apply::open(&place)?;
+    let mut visit = visit.for_work(Work::Capture);
+    // The namespace would live on with us when its container has ended.
+    let init = process.map(|(pid, _)| Lifeline::of(pid)).transpose()?;
+    // Before going in: the user of a rootless container is another one inside.
+    let file = capture.write.as_deref().map(PcapFile::open).transpose()?;
+    visit.inside()?;
+    let kind = Kind::detect();
+    let mut session = Session {
+        capture,
+        socket: PacketSocket::open(capture.dss)?,
+        events: Events::open()?,
+        names: Names::default(),
+        file,
+        left: capture.count,
+        next_count: Deadline::after(COUNT_PAUSE),
+    };
+    session.events.hear_of_routes(false)?;
+    privileges::end()?;
+    session.names.refresh();
+    if let Some(file) = &mut session.file {
+        file.begin().context(WRITE_FAILED)?;
+    }
+    let notice = match kind {
+        Kind::None => {
+            format!(", and only what others send through here can have its options: {}", kernel::without_mptcp())
         }
-        complain(&format!("{name}: capturing"));
-        loop {
-            let timeout = PollTimeout::try_from(deadline.remaining().min(WAIT_MAX)).unwrap_or(PollTimeout::MAX);
-            let woken = session.wait(timeout, init.as_ref())?;
-            if session.take_waiting()?.is_over() || woken.is_over() || deadline.over() {
-                return Ok(());
-            }
+        _ => String::new(),
+    };
+    complain(&format!("{name}: capturing{notice}"));
+    let has_to_ask = init.as_ref().is_some_and(|init| init.pidfd().is_none());
+    let longest = if has_to_ask { PROCESS_POLL } else { WAIT_MAX };
+    loop {
+        let timeout = PollTimeout::try_from(deadline.remaining().min(longest)).unwrap_or(PollTimeout::MAX);
+        let woken = session.wait(timeout, init.as_ref())?;
+        let is_last = woken.is_over() || deadline.over();
+        let turn = Deadline::after(if is_last { LAST_TURN } else { TURN });
+        if session.take_waiting(turn)?.is_over() || is_last {
+            session.say_dropped();
+            return Ok(());
         }
     }
 }
@@ -131,11 +133,13 @@ struct Session<'a> {
     file: Option<PcapFile>,
     /// How many packets are left to show.
     left: Option<u64>,
+    /// When the kernel is asked next what it had to drop, while packets wait.
+    next_count: Deadline,
 }
 
 impl Session<'_> {
     /// Waits for packets and for news of interfaces.
-    fn wait(&mut self, timeout: PollTimeout, init: Option<&std::os::fd::OwnedFd>) -> Result<Next> {
+    fn wait(&mut self, timeout: PollTimeout, init: Option<&Lifeline>) -> Result<Next> {
         let output = std::io::stdout();
         // Of standard output only what cannot be left out: its reader has gone.
         let mut ready = vec![
@@ -143,13 +147,13 @@ impl Session<'_> {
             PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
             PollFd::new(output.as_fd(), PollFlags::empty()),
         ];
-        ready.extend(init.map(|init| PollFd::new(init.as_fd(), PollFlags::POLLIN)));
+        ready.extend(init.and_then(Lifeline::pidfd).map(|init| PollFd::new(init.as_fd(), PollFlags::POLLIN)));
         match poll(&mut ready, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error).context("cannot wait for packets"),
         }
         let any = |at: usize| ready.get(at).and_then(PollFd::revents).is_some_and(|events| !events.is_empty());
-        let (news, gone, ended) = (any(1), any(2), any(3));
+        let (news, gone, ended) = (any(1), any(2), any(3) || init.is_some_and(Lifeline::is_cut));
         if news && self.events.drain() {
             self.names.refresh();
         }
@@ -159,20 +163,32 @@ impl Session<'_> {
         Ok(if gone || ended { Next::End } else { Next::GoOn })
     }
 
-    /// Shows all packets that wait.
-    fn take_waiting(&mut self) -> Result<Next> {
+    /// Shows the packets that wait, until the turn is over.
+    fn take_waiting(&mut self, turn: Deadline) -> Result<Next> {
+        let mut is_behind = false;
         while let Some(captured) = self.socket.receive().context("cannot receive packets")? {
             let packet = Packet::parse(&captured.frame()).filter(|packet| packet.matters(self.capture.dss));
-            let Some(packet) = packet else { continue };
-            if self.show(&captured, &packet)?.is_over() {
+            let next = packet.map_or(Ok(Next::GoOn), |packet| self.show(&captured, &packet))?;
+            if next.is_over() {
                 return Ok(Next::End);
             }
+            is_behind = turn.over();
+            if is_behind {
+                break;
+            }
         }
+        if !is_behind || self.next_count.over() {
+            self.say_dropped();
+        }
+        Ok(Next::GoOn)
+    }
+
+    fn say_dropped(&mut self) {
+        self.next_count = Deadline::after(COUNT_PAUSE);
         match self.socket.dropped() {
             0 => {}
             dropped => complain(&format!("the kernel had to drop {dropped} packets: there are too many to show")),
         }
-        Ok(Next::GoOn)
     }
 
     fn show(&mut self, captured: &Captured, packet: &Packet) -> Result<Next> {

@@ -17,6 +17,13 @@ use super::socket::Captured;
 
 const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
 const LINKTYPE_LINUX_SLL2: u32 = 276;
+/// The header of that link type.
+const HEADER: u32 = 20;
+/// A VLAN tag.
+const TAG: u32 = 4;
+/// The most that a packet takes: what was kept of it, without a link layer of its own where the interface has none, and
+/// the tag that the kernel had taken out.
+const SNAPLEN: u32 = filter::KEPT + HEADER + TAG;
 
 /// A capture file. Each packet is in it as soon as [`PcapFile::write`] is back.
 pub struct PcapFile {
@@ -58,7 +65,7 @@ impl PcapFile {
         let mut header = MAGIC_NANOSECONDS.to_le_bytes().to_vec();
         // Version 2.4; two reserved words.
         header.extend([2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        header.extend(filter::KEPT.to_le_bytes());
+        header.extend(SNAPLEN.to_le_bytes());
         header.extend(LINKTYPE_LINUX_SLL2.to_le_bytes());
         self.file.write_all(&header)
     }
@@ -74,7 +81,7 @@ fn record(captured: &Captured) -> Vec<u8> {
     let frame: Frame = captured.frame();
     let Some(network) = frame.network() else { return Vec::new() };
     let mut protocols = network.tags.iter().map(|tag| tag.protocol).chain([network.protocol]);
-    let mut packet = Vec::with_capacity(20 + 12 + network.bytes.len());
+    let mut packet = Vec::with_capacity(SNAPLEN as usize);
     packet.extend(protocols.next().unwrap_or(network.protocol).to_be_bytes());
     packet.extend([0, 0]);
     packet.extend(captured.ifindex.to_be_bytes());
@@ -140,6 +147,26 @@ mod tests {
         assert_eq!(&record[16..18], [0x88, 0xa8]);
         assert_eq!(&record[36..44], [0, 6, 0x81, 0, 0, 5, 8, 0]);
         assert_eq!(&record[44..], ip);
+    }
+
+    #[test]
+    fn no_packet_is_longer_than_the_header_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        PcapFile::open(&path).unwrap().begin().unwrap();
+        let header = std::fs::read(&path).unwrap();
+        let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        // Without a link layer, and with one and both kinds of tags.
+        let mut raw = captured(ipv4(&tcp(PRIO, filter::KEPT as usize - 44)));
+        raw.hardware = 65534;
+        let mut tagged = captured(vlan(&ethernet(&ipv4(&tcp(PRIO, filter::KEPT as usize - 62))), 0x8100, 5));
+        let tag = Some(Tag { protocol: 0x88a8, control: 6 });
+        (raw.tag, tagged.tag) = (tag, tag);
+        for packet in [raw, tagged] {
+            assert_eq!(packet.bytes.len(), filter::KEPT as usize);
+            let record = record(&packet);
+            assert!(word(&record, 8) > filter::KEPT && word(&record, 8) <= word(&header, 16), "{}", word(&record, 8));
+        }
     }
 
     #[test]

@@ -78,6 +78,7 @@ causes! {
     LIMITS_LOW = Problem "limits-low": "The kernel makes no further subflow once the limit is reached.";
     RP_FILTER = Problem "rp-filter-strict": "The kernel drops what arrives there, because answers would leave by another interface: subflows stay in SYN-SENT on one side.";
     ROUTE_MISSING = Problem "route-missing": "A subflow from this address hangs in SYN-SENT, where ss -M counts it, and comes up never.";
+    ROUTE_PARTIAL = Warning "route-partial": "Subflows from this address come up to those peers alone to which a route leads by its interface.";
     REPLY_ELSEWHERE = Warning "reply-elsewhere": "Answers to subflows that arrive there leave by another interface, which networks that check sources drop.";
     GATEWAY_SILENT = Problem "gateway-silent": "Packets of this path go nowhere.";
     SUBFLOW_STUCK = Problem "subflow-stuck": "The connection has not got this path, although ss -M counts it.";
@@ -96,9 +97,13 @@ causes! {
     SOCKETS_UNREADABLE = Note "sockets-unreadable": "Whether the connections are MPTCP cannot be told.";
     NOT_JUDGED = Note "not-judged": "On this kernel endpoints, routes and subflows are not looked at.";
     PROBE_FAILED = Problem "probe-failed": "No connection at all, so that nothing can be said of its paths.";
+    PROBE_IMPOSSIBLE = Problem "probe-impossible": "Nothing is known of connections to this peer.";
     PROBE_PLAIN = Problem "probe-plain-tcp": "The connection is plain TCP and has one path.";
     PROBE_SUBFLOW = Problem "probe-subflow-missing": "A connection to this peer does not get the path.";
+    PROBE_CLOSED = Warning "probe-peer-closed": "Nothing can be said of the paths that had not come up by then.";
     PROBE_FINE = Note "probe-established": "A connection to this peer has every path.";
+    HOST_MPTCP_OFF = Note "host-mptcp-disabled": "Programs of the host itself get plain TCP; containers have their own switch.";
+    GATEWAY_WAS_SILENT = Note "gateway-was-silent": "Nobody has had anything to send by it since, so that it may answer now.";
     HEALTHY_AGENT = Note "agent-running": "Containers are kept as they were asked for.";
 }
 
@@ -121,6 +126,8 @@ pub struct Finding {
     pub mend: Option<String>,
     /// The command that does; words in capitals are to be filled in.
     pub command: Option<String>,
+    /// Commands that do the same without the hook, for who wants to see to it.
+    pub by_hand: Option<String>,
 }
 
 impl Finding {
@@ -135,6 +142,7 @@ impl Finding {
             why: cause.why,
             mend: None,
             command: None,
+            by_hand: None,
         }
     }
 
@@ -151,6 +159,11 @@ impl Finding {
     /// The command that mends it.
     pub fn by(self, command: impl Into<String>) -> Self {
         Self { command: Some(command.into()), ..self }
+    }
+
+    /// The commands that mend it as well, without the hook.
+    pub fn or_by_hand(self, commands: impl Into<String>) -> Self {
+        Self { by_hand: Some(commands.into()), ..self }
     }
 }
 
@@ -178,6 +191,21 @@ mod tests {
             );
         }
         assert_eq!(lines.len(), expected.len(), "docs/doctor.md has a cause that does not exist");
+    }
+
+    /// Where findings are judged their names stand in tests alone.
+    #[test]
+    fn every_cause_is_named_by_a_test() {
+        let judges = [
+            include_str!("container.rs"),
+            include_str!("host.rs"),
+            include_str!("probe.rs"),
+            include_str!("sockets.rs"),
+            include_str!("../../tests/doctor.rs"),
+        ];
+        let is_named = |id: &str| judges.iter().any(|source| source.contains(&format!("\"{id}\"")));
+        let nameless: Vec<&str> = CAUSES.iter().map(|cause| cause.id).filter(|id| !is_named(id)).collect();
+        assert_eq!(nameless, [""; 0]);
     }
 
     #[test]

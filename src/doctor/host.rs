@@ -8,18 +8,21 @@ use serde::Deserialize;
 
 use super::container::manager_advice;
 use super::finding::{self, Finding};
+use super::seen::shell_word;
 use crate::error::plain;
 use crate::kernel::sysctl::read_text;
 use crate::kernel::{self, Kind, RouteState, upstream};
 use crate::ledger::record::State;
 use crate::request::flags::EndpointFlags;
 use crate::request::setting;
-use crate::status::Status;
+use crate::status::{Container, Status};
 
 /// What names our program in other programs' files.
 const PROGRAM: &str = "mptcp-hook";
-/// Where podman and CRI-O look for hooks unless they are told otherwise, the later before the earlier.
-const HOOKS_D: [&str; 2] = ["/usr/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d"];
+/// Where podman and CRI-O look for hooks unless they are told otherwise.
+const HOOKS_D: &str = "/usr/share/containers/oci/hooks.d";
+/// Where administrators put hooks as well, and where an engine looks only if it is told to.
+const ETC_HOOKS_D: &str = "/etc/containers/oci/hooks.d";
 /// podman's settings, the later before the earlier; those in the directory come last.
 const PODMAN: Engine = Engine {
     name: "podman",
@@ -38,6 +41,8 @@ const CRIO: Engine = Engine {
 const LXC: [&str; 2] = ["/usr/share/lxc/config/common.conf.d", "/etc/lxc/default.conf"];
 /// The largest file of somebody else's that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
+/// The modules by which the kernel lists sockets.
+const DIAG: [&str; 2] = ["tcp_diag", "mptcp_diag"];
 /// Programs that manage MPTCP endpoints by themselves.
 const MANAGERS: [&str; 2] = ["NetworkManager", "mptcpd"];
 
@@ -51,12 +56,16 @@ struct Engine {
 
 /// Everything that was read.
 pub struct Seen {
+    /// How the hook is called with the same global options.
+    pub program: String,
     /// Which MPTCP.
     pub kind: Kind,
     /// `uname -r`.
     pub release: String,
     /// What the kernel says about itself, by what it is about.
     pub kernel: Vec<(&'static str, String)>,
+    /// The inode number of the host's own network namespace.
+    pub own_netns: Option<u64>,
     /// Whether MPTCP is switched on here.
     pub enabled: Option<String>,
     /// The engines' hooks.
@@ -93,17 +102,25 @@ pub struct Told {
     pub engine: &'static str,
     /// Where it looks.
     pub directories: Vec<PathBuf>,
-    /// Who says so.
-    pub file: PathBuf,
+    /// Who says so; none if that is the default.
+    pub file: Option<PathBuf>,
+}
+
+impl Told {
+    /// What an engine does by itself. CRI-O does the same as podman.
+    fn nothing() -> Self {
+        Self { engine: PODMAN.name, directories: vec![HOOKS_D.into()], file: None }
+    }
 }
 
 /// Reads it all. Nothing that cannot be read is an error: it is found, or it is not there.
-pub fn look(agent: Option<u32>, own_netns: Option<u64>) -> Seen {
+pub fn look(agent: Option<u32>, own_netns: Option<u64>, program: String) -> Seen {
     let kind = Kind::detect();
     let release = kernel::release();
     let mut seen = Seen {
+        program,
         kind,
-        kernel: kernel_facts(kind, &release),
+        kernel: kernel_facts(Path::new("/"), kind, &release),
         enabled: read_text(match kind {
             Kind::MptcpOrg => "/proc/sys/net/mptcp/mptcp_enabled",
             _ => "/proc/sys/net/mptcp/enabled",
@@ -113,16 +130,14 @@ pub fn look(agent: Option<u32>, own_netns: Option<u64>) -> Seen {
         told: Vec::new(),
         unreadable: Vec::new(),
         managers: own_netns.map(managers).unwrap_or_default(),
+        own_netns,
         agent,
     };
     for engine in [PODMAN, CRIO] {
         look_for_directories(&engine, &mut seen);
     }
-    // The directories that an engine was told of may hold more.
-    let told = seen.told.iter().flat_map(|told| told.directories.clone());
-    let directories: BTreeSet<PathBuf> = HOOKS_D.iter().map(PathBuf::from).chain(told).collect();
-    for directory in &directories {
-        look_for_oci(directory, &mut seen);
+    for file in hook_files(&lists(&seen.told), |directory| files_in(directory, ".json")) {
+        look_for_oci(file, &mut seen);
     }
     for place in LXC {
         look_for_lxc(Path::new(place), &mut seen);
@@ -130,23 +145,44 @@ pub fn look(agent: Option<u32>, own_netns: Option<u64>) -> Seen {
     seen
 }
 
-fn kernel_facts(kind: Kind, release: &str) -> Vec<(&'static str, String)> {
+fn kernel_facts(root: &Path, kind: Kind, release: &str) -> Vec<(&'static str, String)> {
     let mut facts = vec![("kernel", format!("{} MPTCP, Linux {release}", kind.name()))];
-    let path = format!("/boot/config-{release}");
-    let config = read_file(Path::new(&path)).ok().map(|text| {
-        let options = text.lines().filter(|line| line.contains("MPTCP"));
-        format!("{} ({path})", options.collect::<Vec<_>>().join(" "))
-    });
+    let name = kernel::release_name(release);
+    let modules = root.join("lib/modules").join(name);
     let built = match kind {
         Kind::None => "not there",
         _ => "built in (MPTCP itself is never a module)",
     };
     facts.push(("MPTCP", built.into()));
-    facts.extend(config.map(|config| ("configuration", config)));
-    let modules = file_names(Path::new("/sys/module"));
-    let modules: Vec<String> = modules.into_iter().filter(|name| name.contains("mptcp")).collect();
-    if !modules.is_empty() {
-        facts.push(("modules", modules.join(" ")));
+    let configs = [root.join(format!("boot/config-{name}")), modules.join("config")];
+    let config = configs.iter().find_map(|path| {
+        let text = read_file(path).ok()?;
+        let options = text.lines().filter(|line| line.contains("MPTCP"));
+        Some(format!("{} ({})", options.collect::<Vec<_>>().join(" "), path.display()))
+    });
+    // It is compressed, and what it would tell shows in the kernel itself.
+    let compressed = || root.join("proc/config.gz").exists().then(|| "zgrep MPTCP /proc/config.gz shows it".to_owned());
+    facts.extend(config.or_else(compressed).map(|config| ("configuration", config)));
+    let loaded = file_names(&root.join("sys/module"));
+    let known: Vec<&str> = loaded.iter().map(String::as_str).filter(|name| name.contains("mptcp")).collect();
+    if !known.is_empty() {
+        facts.push(("modules", known.join(" ")));
+    }
+    let listed = |file: &str, module: &str| {
+        let text = read_file(&modules.join(file)).unwrap_or_default();
+        // A path, before a colon where others follow on which it depends.
+        let paths = text.lines().filter_map(|line| line.split(':').next()?.rsplit('/').next());
+        paths.filter_map(|name| name.split(".ko").next()).any(|name| name == module)
+    };
+    let diag = DIAG.iter().filter_map(|module| match *module {
+        module if listed("modules.builtin", module) => Some(format!("{module} built in")),
+        module if loaded.iter().any(|name| name == module) => Some(format!("{module} loaded")),
+        module if listed("modules.dep", module) => Some(format!("{module} a module, not loaded")),
+        _ => None,
+    });
+    let diag: Vec<String> = diag.collect();
+    if !diag.is_empty() {
+        facts.push(("lists of sockets", diag.join(", ")));
     }
     let files: &[(&str, &str)] = match kind {
         Kind::MptcpOrg => &[
@@ -167,7 +203,8 @@ fn kernel_facts(kind: Kind, release: &str) -> Vec<(&'static str, String)> {
         ("congestion controls", "net/ipv4/tcp_available_congestion_control"),
     ];
     for (name, path) in files.iter().chain(&common) {
-        facts.extend(read_text(&format!("/proc/sys/{path}")).map(|value| (*name, value)));
+        let path = root.join("proc/sys").join(path);
+        facts.extend(read_text(&path.display().to_string()).map(|value| (*name, value)));
     }
     facts
 }
@@ -199,30 +236,50 @@ fn files_in(directory: &Path, ending: &str) -> Vec<PathBuf> {
 
 fn look_for_directories(engine: &Engine, seen: &mut Seen) {
     let files = engine.files.iter().map(PathBuf::from).chain(files_in(Path::new(engine.directory), ".conf"));
+    let mut told = Told { engine: engine.name, ..Told::nothing() };
+    let mut appends = false;
     for file in files {
         let Ok(text) = read_file(&file) else { continue };
         match hooks_dir(&text, engine.table) {
             Ok(None) => {}
-            Ok(Some(directories)) => {
-                // The last one counts.
-                seen.told.retain(|told| told.engine != engine.name);
-                seen.told.push(Told { engine: engine.name, directories, file });
+            Ok(Some(list)) => {
+                // Once said, it is for later files, too.
+                appends = list.append.unwrap_or(appends);
+                if !appends {
+                    // The last one counts.
+                    told.directories.clear();
+                }
+                told.directories.extend(list.directories);
+                told.file = Some(file);
             }
             Err(error) => seen.unreadable.push((file, error)),
         }
     }
+    if told.file.is_some() {
+        seen.told.push(told);
+    }
+}
+
+/// What stands under `hooks_dir`.
+#[derive(Debug, PartialEq, Eq)]
+struct HooksDir {
+    directories: Vec<PathBuf>,
+    /// Whether they come behind those that are known before, the default's included (podman 5), if that is said.
+    append: Option<bool>,
 }
 
 /// `hooks_dir` of a table of containers.conf(5) or crio.conf(5).
-fn hooks_dir(text: &str, table: &[&str]) -> Result<Option<Vec<PathBuf>>, String> {
+fn hooks_dir(text: &str, table: &[&str]) -> Result<Option<HooksDir>, String> {
     let document: toml::Table = text.parse().map_err(|e: toml::de::Error| plain(e.message()))?;
     let mut inner = Some(&document);
     for name in table {
         inner = inner.and_then(|table| table.get(*name)).and_then(toml::Value::as_table);
     }
     let list = inner.and_then(|table| table.get("hooks_dir")).and_then(toml::Value::as_array);
-    // Beside strings there may be { append = true }.
-    Ok(list.map(|list| list.iter().filter_map(toml::Value::as_str).map(PathBuf::from).collect()))
+    Ok(list.map(|list| HooksDir {
+        directories: list.iter().filter_map(toml::Value::as_str).map(PathBuf::from).collect(),
+        append: list.iter().filter_map(|entry| entry.get("append")?.as_bool()).next_back(),
+    }))
 }
 
 /// A hook's file (oci-hooks(5), version 1.0.0).
@@ -240,23 +297,48 @@ struct OciProgram {
     args: Vec<String>,
 }
 
-fn look_for_oci(directory: &Path, seen: &mut Seen) {
-    for file in files_in(directory, ".json") {
-        let text = read_file(&file).unwrap_or_default();
-        match serde_json::from_str::<OciHook>(&text) {
-            Ok(OciHook { hook, stages }) => {
-                let is_ours = hook.path.to_string_lossy().contains(PROGRAM)
-                    || hook.args.first().is_some_and(|name| name.contains(PROGRAM));
-                if is_ours {
-                    let is_there = is_program(&hook.path);
-                    seen.hooks.push(Hook { engine: "OCI", file, program: hook.path, is_there, stages });
-                }
-            }
-            Err(error) if text.contains(PROGRAM) || file.to_string_lossy().contains(PROGRAM) => {
-                seen.unreadable.push((file, plain(error)));
-            }
-            Err(_) => {}
+/// The lists of directories in which hooks may be: those that the engines go by, and each place by itself into which none
+/// of them looks.
+fn lists(told: &[Told]) -> Vec<Vec<PathBuf>> {
+    let mut lists: Vec<Vec<PathBuf>> = told.iter().map(|told| told.directories.clone()).collect();
+    if !told.iter().any(|told| told.engine == PODMAN.name) {
+        lists.push(Told::nothing().directories);
+    }
+    for place in [HOOKS_D, ETC_HOOKS_D].map(PathBuf::from) {
+        if !lists.iter().any(|list| list.contains(&place)) {
+            lists.push(vec![place]);
         }
+    }
+    lists
+}
+
+/// The hooks' files of lists of directories: of two with one name the later in a list overrides the earlier. One that
+/// counts in any of the lists is used by some engine.
+fn hook_files(lists: &[Vec<PathBuf>], files_in: impl Fn(&Path) -> Vec<PathBuf>) -> BTreeSet<PathBuf> {
+    let mut all = BTreeSet::new();
+    for directories in lists {
+        let files = directories.iter().flat_map(|directory| files_in(directory));
+        let by_name: BTreeMap<_, _> = files.map(|file| (file.file_name().map(ToOwned::to_owned), file)).collect();
+        all.extend(by_name.into_values());
+    }
+    all
+}
+
+fn look_for_oci(file: PathBuf, seen: &mut Seen) {
+    let text = read_file(&file).unwrap_or_default();
+    match serde_json::from_str::<OciHook>(&text) {
+        Ok(OciHook { hook, stages }) => {
+            let is_ours = hook.path.to_string_lossy().contains(PROGRAM)
+                || hook.args.first().is_some_and(|name| name.contains(PROGRAM));
+            if is_ours {
+                let is_there = is_program(&hook.path);
+                seen.hooks.push(Hook { engine: "OCI", file, program: hook.path, is_there, stages });
+            }
+        }
+        Err(error) if text.contains(PROGRAM) || file.to_string_lossy().contains(PROGRAM) => {
+            seen.unreadable.push((file, plain(error)));
+        }
+        Err(_) => {}
     }
 }
 
@@ -302,7 +384,7 @@ pub fn managers(netns: u64) -> Vec<(String, u32)> {
 /// All that is wrong.
 pub fn judge(seen: &Seen, status: &Status) -> Vec<Finding> {
     let mut found = Vec::new();
-    judge_kernel(seen, &mut found);
+    judge_kernel(seen, status, &mut found);
     judge_hooks(seen, &mut found);
     judge_ledger(seen, status, &mut found);
     for (name, pid) in &seen.managers {
@@ -314,7 +396,7 @@ pub fn judge(seen: &Seen, status: &Status) -> Vec<Finding> {
     found
 }
 
-fn judge_kernel(seen: &Seen, found: &mut Vec<Finding>) {
+fn judge_kernel(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
     let release = &seen.release;
     let fact = |name: &str| seen.kernel.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str());
     match seen.kind {
@@ -324,7 +406,7 @@ fn judge_kernel(seen: &Seen, found: &mut Vec<Finding>) {
                 fact("configuration").unwrap_or("no /boot/config of it")
             );
             let finding = Finding::new(&finding::KERNEL_WITHOUT, "this kernel has no MPTCP", evidence);
-            found.push(finding.mend("boot a kernel that was built with CONFIG_MPTCP=y (Linux 5.6 or newer)"));
+            found.push(finding.mend(kernel::GET_MPTCP));
         }
         Kind::Upstream => {
             let flags = EndpointFlags::BACKUP.union(EndpointFlags::SIGNAL);
@@ -345,12 +427,18 @@ fn judge_kernel(seen: &Seen, found: &mut Vec<Finding>) {
         }
     }
     if let Some(off) = seen.enabled.as_deref().filter(|value| setting::integer(value) == Some(0)) {
-        let (key, whose) = match seen.kind {
-            Kind::MptcpOrg => ("net.mptcp.mptcp_enabled", "on this host"),
-            _ => ("net.mptcp.enabled", "in the host's own network namespace (containers have their own switch)"),
+        let own = "in the host's own network namespace";
+        let is_a_containers =
+            |container: &Container| container.live && Some(container.record.instance.netns.inode) == seen.own_netns;
+        let here = status.containers.iter().find(|container| is_a_containers(container));
+        let (cause, key, whose) = match (seen.kind, here) {
+            (Kind::MptcpOrg, _) => (&finding::MPTCP_OFF, "net.mptcp.mptcp_enabled", "on this host".into()),
+            (_, Some(container)) => {
+                (&finding::MPTCP_OFF, "net.mptcp.enabled", format!("{own}, which is that of {}", container.record.name))
+            }
+            (_, None) => (&finding::HOST_MPTCP_OFF, "net.mptcp.enabled", own.into()),
         };
-        let finding =
-            Finding::new(&finding::MPTCP_OFF, format!("MPTCP is switched off {whose}"), format!("{key} = {off}"));
+        let finding = Finding::new(cause, format!("MPTCP is switched off {whose}"), format!("{key} = {off}"));
         found.push(finding.mend("switch it on").by(format!("sysctl -w {key}=1")));
     }
 }
@@ -366,31 +454,48 @@ fn judge_hooks(seen: &Seen, found: &mut Vec<Finding>) {
             let what = format!("the {} hook in {file} starts {program}, which is not there", hook.engine);
             let finding = Finding::new(&finding::HOOK_PATH, what, format!("no executable file {program}"));
             let own = std::env::current_exe().map_or_else(|_| PROGRAM.into(), |path| path.display().to_string());
+            let [own, place] = [own, program.to_string()].map(|path| shell_word(&path));
             found.push(
                 finding
                     .mend("install the program there, or name its place in the file")
-                    .by(format!("install -D -m 755 {own} {program}")),
+                    .by(format!("install -D -m 755 {own} {place}")),
             );
         }
     }
-    for told in &seen.told {
+    let told = if seen.told.is_empty() { vec![Told::nothing()] } else { seen.told.clone() };
+    let is_told_of = |place: &Path| told.iter().any(|told| told.directories.iter().any(|seen| seen == place));
+    for told in &told {
         for hook in seen.hooks.iter().filter(|hook| hook.engine == "OCI") {
             let Some(directory) = hook.file.parent() else { continue };
+            let is_default = directory == Path::new(HOOKS_D);
             // What another engine was told of is that one's.
-            let is_default = HOOKS_D.iter().any(|default| Path::new(default) == directory);
-            if is_default && !told.directories.iter().any(|seen| seen == directory) {
-                let what = format!(
-                    "{} does not look into {}, where {} is",
-                    told.engine,
-                    directory.display(),
-                    hook.file.display()
-                );
-                let show = |all: &[PathBuf]| format!("{all:?}");
-                let evidence = format!("hooks_dir = {} in {}", show(&told.directories), told.file.display());
-                let wanted: Vec<PathBuf> = told.directories.iter().cloned().chain([directory.into()]).collect();
-                let mend = format!("write hooks_dir = {} there, or take the line out", show(&wanted));
-                found.push(Finding::new(&finding::HOOK_UNSEEN, what, evidence).mend(mend));
+            let is_nobodys = directory == Path::new(ETC_HOOKS_D) && !is_told_of(directory);
+            if !is_default && !is_nobodys || told.directories.iter().any(|seen| seen == directory) {
+                continue;
             }
+            let (directory, place) = (directory.to_path_buf(), directory.display());
+            let wanted: Vec<PathBuf> = told.directories.iter().cloned().chain([directory.clone()]).collect();
+            let (who, by, mend) = match &told.file {
+                Some(file) => (
+                    format!("{} does not look", told.engine),
+                    format!("in {}", file.display()),
+                    format!(
+                        "write hooks_dir = {wanted:?} there, or {}",
+                        if is_default { "take the line out" } else { "move the file" }
+                    ),
+                ),
+                None => (
+                    "no engine looks".into(),
+                    "by default".into(),
+                    format!(
+                        "move the file to {HOOKS_D}, or write hooks_dir = {wanted:?} below [engine] in {} (CRI-O: below [crio.runtime] in {})",
+                        PODMAN.files[1], CRIO.files[0]
+                    ),
+                ),
+            };
+            let what = format!("{who} into {place}, where {} is", hook.file.display());
+            let evidence = format!("hooks_dir = {:?} {by}", told.directories);
+            found.push(Finding::new(&finding::HOOK_UNSEEN, what, evidence).mend(mend));
         }
     }
     for (engine, begin, end) in [
@@ -413,30 +518,33 @@ fn judge_hooks(seen: &Seen, found: &mut Vec<Finding>) {
         found.push(Finding::new(&finding::HOOK_INCOMPLETE, what, evidence).mend(format!("add {lacking} to it")));
     }
     if seen.hooks.is_empty() {
-        let evidence = format!("nothing of ours in {}, {}, {}", HOOKS_D[0], HOOKS_D[1], LXC[0]);
+        let evidence = format!("nothing of ours in {HOOKS_D}, {ETC_HOOKS_D}, {}", LXC[0]);
         let finding = Finding::new(&finding::HOOK_NONE, "no engine has the hook", evidence);
         found.push(finding.mend("install one from the directory hooks/ of the distribution (see its README)"));
     }
 }
 
 fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
+    let program = &seen.program;
     for problem in &status.problems {
         let finding = Finding::new(&finding::LEDGER_PROBLEM, problem, "the ledger");
-        found.push(finding.mend("what is damaged is moved aside, the rest is put in order").by("mptcp-hook repair"));
+        found.push(
+            finding.mend("what is damaged is moved aside, the rest is put in order").by(format!("{program} repair")),
+        );
     }
     for setting in &status.settings {
         let key = &setting.key;
         if setting.interrupted {
             let what = format!("a hook was killed while it wrote {key}");
             let finding = Finding::new(&finding::HOST_INTERRUPTED, what, setting.present.clone().unwrap_or_default());
-            found.push(finding.mend("decide it").by("mptcp-hook repair"));
+            found.push(finding.mend("decide it").by(format!("{program} repair")));
         } else if setting.drifted {
             let now = setting.present.clone().unwrap_or_default();
             let what = format!("somebody changed {key} from {} to {now}", setting.value);
             let holders: Vec<&str> = setting.claims.iter().map(|claim| claim.container.as_str()).collect();
             let evidence = format!("{key} = {now}; {} rely on {}", holders.join(", "), setting.value);
-            let path = key.path().display().to_string();
-            let command = format!("printf '%s\\n' '{}' >{path}", setting.value);
+            let [value, path] = [setting.value.clone(), key.path().display().to_string()].map(|word| shell_word(&word));
+            let command = format!("printf '%s\\n' {value} >{path}");
             found.push(Finding::new(&finding::HOST_DRIFTED, what, evidence).mend("write it again").by(command));
         }
     }
@@ -444,7 +552,7 @@ fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
     if !dead.is_empty() {
         let what = format!("{} dead containers are in the ledger", dead.len());
         let finding = Finding::new(&finding::LEDGER_STALE, what, dead.join(", "));
-        found.push(finding.mend("let them go").by("mptcp-hook release --stale"));
+        found.push(finding.mend("let them go").by(format!("{program} release --stale")));
     }
     for container in status.containers.iter().filter(|container| container.live) {
         let record = &container.record;
@@ -452,7 +560,9 @@ fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
         if let Some(why) = &container.not_followed {
             let finding = Finding::new(&finding::NOT_FOLLOWED, format!("nobody follows {}", record.name), why);
             found.push(
-                finding.mend("start the agent: enable its unit where systemd runs, else").by("mptcp-hook agent &"),
+                finding
+                    .mend("start the agent: enable its unit where systemd runs, else")
+                    .by(format!("{program} agent &")),
             );
         }
         let amiss = record.interfaces.iter().find(|interface| {
@@ -475,7 +585,7 @@ fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
         };
         let finding =
             Finding::new(&finding::CONTAINER_AMISS, format!("{} is not as it was asked for", record.name), evidence);
-        found.push(finding.mend("look at it").by(format!("mptcp-hook doctor {id}")));
+        found.push(finding.mend("look at it").by(format!("{program} doctor {id}")));
     }
     if let Some(last) = status.failures.last() {
         let what = format!(
@@ -494,12 +604,16 @@ fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
 
 #[cfg(test)]
 mod tests {
+    use super::finding::Severity;
     use super::*;
+    use crate::ledger::record::Failure;
+    use crate::request::setting::SettingKey;
+    use crate::status::{Claim, HostSetting};
 
     fn hook(stages: &[&str], is_there: bool) -> Hook {
         Hook {
             engine: "OCI",
-            file: "/etc/containers/oci/hooks.d/mptcp-hook.json".into(),
+            file: format!("{HOOKS_D}/mptcp-hook.json").into(),
             program: "/usr/local/bin/mptcp-hook".into(),
             is_there,
             stages: stages.iter().map(|stage| stage.to_string()).collect(),
@@ -508,9 +622,11 @@ mod tests {
 
     fn seen(kind: Kind, hooks: Vec<Hook>) -> Seen {
         Seen {
+            program: "mptcp-hook".into(),
             kind,
             release: "6.18.0".into(),
             kernel: vec![("path manager", "kernel".into())],
+            own_netns: None,
             enabled: Some("1".into()),
             hooks,
             told: Vec::new(),
@@ -520,18 +636,96 @@ mod tests {
         }
     }
 
-    fn empty() -> Status {
-        Status {
-            kernel: Kind::Upstream,
-            containers: Vec::new(),
-            settings: Vec::new(),
-            conflicts: Vec::new(),
-            conflicts_dropped: 0,
-            failures: Vec::new(),
-            failures_dropped: 0,
-            problems: Vec::new(),
-            rootless: false,
+    #[test]
+    fn what_is_said_of_a_kernel() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let write = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let facts = || kernel_facts(root, Kind::Upstream, "6.1.0-37-amd64, Debian 6.1.140-1");
+        let says = |about: &str| facts().into_iter().find(|(name, _)| *name == about).map(|(_, value)| value);
+        for about in ["configuration", "modules", "lists of sockets", "scheduler"] {
+            assert_eq!(says(about), None, "{about}");
         }
+        write("proc/config.gz", "");
+        assert_eq!(says("configuration").unwrap(), "zgrep MPTCP /proc/config.gz shows it");
+        let config = |place: &str| format!("CONFIG_MPTCP=y CONFIG_INET_MPTCP_DIAG=m ({})", root.join(place).display());
+        for place in ["lib/modules/6.1.0-37-amd64/config", "boot/config-6.1.0-37-amd64"] {
+            write(place, "CONFIG_TCP=y\nCONFIG_MPTCP=y\nCONFIG_INET_MPTCP_DIAG=m\n");
+            assert_eq!(says("configuration").unwrap(), config(place));
+        }
+        write("sys/module/mptcp_rr/x", "");
+        write("sys/module/tcp_cubic/x", "");
+        assert_eq!(says("modules").unwrap(), "mptcp_rr");
+        write("lib/modules/6.1.0-37-amd64/modules.builtin", "kernel/net/ipv4/tcp_diag.ko\nkernel/net/x/y.ko\n");
+        let mptcp_diag = "kernel/net/mptcp/mptcp_diag.ko.xz: kernel/net/ipv4/inet_diag.ko.xz\n";
+        write("lib/modules/6.1.0-37-amd64/modules.dep", mptcp_diag);
+        assert_eq!(says("lists of sockets").unwrap(), "tcp_diag built in, mptcp_diag a module, not loaded");
+        write("sys/module/mptcp_diag/x", "");
+        assert_eq!(says("lists of sockets").unwrap(), "tcp_diag built in, mptcp_diag loaded");
+        write("proc/sys/net/mptcp/scheduler", "default\n");
+        assert_eq!(says("scheduler").unwrap(), "default");
+    }
+
+    #[test]
+    fn host_wide_settings_and_failed_hooks() {
+        let setting = |drifted, interrupted| HostSetting {
+            key: SettingKey::Sysctl("net/core/netdev_max_backlog".into()),
+            value: "2000".into(),
+            original: "1000".into(),
+            present: Some("3000".into()),
+            drifted,
+            interrupted,
+            claims: vec![Claim { container: "web".into(), value: "2000".into() }],
+        };
+        let judged = |change: &dyn Fn(&mut Status)| {
+            let mut status = empty();
+            change(&mut status);
+            let whole = vec![hook(&["createRuntime", "poststop"], true)];
+            let mut found =
+                judge(&Seen { program: "mptcp-hook --state-dir /x".into(), ..seen(Kind::Upstream, whole) }, &status);
+            assert_eq!(found.len(), 1, "{found:#?}");
+            found.remove(0)
+        };
+        let drifted = judged(&|status| status.settings.push(setting(true, false)));
+        assert_eq!((drifted.id, drifted.severity), ("host-setting-drifted", Severity::Problem));
+        assert!(drifted.evidence.contains("= 3000; web rely on 2000"), "{}", drifted.evidence);
+        assert_eq!(drifted.command.unwrap(), r"printf '%s\n' 2000 >/proc/sys/net/core/netdev_max_backlog");
+        let interrupted = judged(&|status| status.settings.push(setting(false, true)));
+        assert_eq!((interrupted.id, interrupted.severity), ("setting-interrupted", Severity::Problem));
+        assert_eq!(interrupted.command.unwrap(), "mptcp-hook --state-dir /x repair");
+        let failed = judged(&|status| {
+            let failure = |container: &str, reason: &str| Failure {
+                time: 1,
+                container: container.into(),
+                status: 1,
+                reason: reason.into(),
+            };
+            status.failures = vec![failure("web", "no such key"), failure("db", "no such interface")];
+            status.failures_dropped = 3;
+        });
+        assert_eq!((failed.id, failed.severity), ("hook-failed", Severity::Note));
+        assert_eq!(
+            (failed.what.as_str(), failed.evidence.as_str()),
+            ("5 hooks failed, the last for db", "no such interface")
+        );
+    }
+
+    #[test]
+    fn other_managers() {
+        let managers = vec![("NetworkManager".into(), 7)];
+        let whole = vec![hook(&["createRuntime", "poststop"], true)];
+        let found = judge(&Seen { managers, ..seen(Kind::Upstream, whole) }, &empty());
+        assert_eq!(found.iter().map(|finding| finding.id).collect::<Vec<_>>(), ["other-manager"]);
+        assert_eq!(found[0].evidence, "pid 7");
+        assert!(found[0].mend.as_ref().unwrap().contains("connection.mptcp-flags"), "{:?}", found[0].mend);
+    }
+
+    fn empty() -> Status {
+        Status::of_nobody(Kind::Upstream, false)
     }
 
     fn ids(seen: &Seen) -> Vec<&'static str> {
@@ -555,6 +749,9 @@ mod tests {
         let old = Seen { release: "6.1.0-37-amd64".into(), ..seen(Kind::Upstream, whole()) };
         assert_eq!(ids(&old), ["kernel-backup-bug"]);
         let off = Seen { enabled: Some("0".into()), ..seen(Kind::Upstream, whole()) };
+        // Containers have their own switch.
+        assert_eq!(ids(&off), ["host-mptcp-disabled"]);
+        let off = Seen { kind: Kind::MptcpOrg, kernel: Vec::new(), ..off };
         assert_eq!(ids(&off), ["mptcp-disabled"]);
         let v0 = Seen { kernel: vec![("path manager", "default".into())], ..seen(Kind::MptcpOrg, whole()) };
         assert_eq!(ids(&v0), ["path-manager-ignores-flags"]);
@@ -564,22 +761,71 @@ mod tests {
 
     #[test]
     fn a_directory_that_the_engine_does_not_look_into() {
-        let told = |directories: &[&str]| Told {
-            engine: "podman",
+        let told = |engine, directories: &[&str]| Told {
+            engine,
             directories: directories.iter().map(PathBuf::from).collect(),
-            file: "/etc/containers/containers.conf".into(),
+            file: Some("/etc/containers/containers.conf".into()),
         };
+        let podman = |directories: &[&str]| vec![told("podman", directories)];
         let whole = || seen(Kind::Upstream, vec![hook(&["createRuntime", "poststop"], true)]);
-        assert_eq!(ids(&Seen { told: vec![told(&["/opt/hooks"])], ..whole() }), ["hook-dir-unseen"]);
-        assert_eq!(ids(&Seen { told: vec![told(&["/opt/hooks", HOOKS_D[1]])], ..whole() }), [""; 0]);
+        assert_eq!(ids(&Seen { told: podman(&["/opt/hooks"]), ..whole() }), ["hook-dir-unseen"]);
+        assert_eq!(ids(&Seen { told: podman(&["/opt/hooks", HOOKS_D]), ..whole() }), [""; 0]);
+        // Into the administrator's directory nobody looks by himself.
+        let in_etc = || {
+            let mut seen = whole();
+            seen.hooks[0].file = format!("{ETC_HOOKS_D}/mptcp-hook.json").into();
+            seen
+        };
+        assert_eq!(ids(&in_etc()), ["hook-dir-unseen"]);
+        assert_eq!(ids(&Seen { told: podman(&[HOOKS_D]), ..in_etc() }), ["hook-dir-unseen"]);
+        assert_eq!(ids(&Seen { told: podman(&[HOOKS_D, ETC_HOOKS_D]), ..in_etc() }), [""; 0]);
+        let both = vec![told("podman", &["/opt/hooks"]), told("CRI-O", &[ETC_HOOKS_D])];
+        assert_eq!(ids(&Seen { told: both, ..in_etc() }), [""; 0]);
+    }
+
+    #[test]
+    fn where_hooks_may_be() {
+        let all = |told: &[(&'static str, &[&str])]| {
+            let told = told.iter().map(|(engine, directories)| Told {
+                engine,
+                directories: directories.iter().map(PathBuf::from).collect(),
+                file: Some("/x".into()),
+            });
+            let shown = lists(&told.collect::<Vec<_>>()).into_iter().map(|list| format!("{list:?}"));
+            shown.collect::<Vec<_>>().join(" ").replace(HOOKS_D, "usr").replace(ETC_HOOKS_D, "etc").replace('"', "")
+        };
+        assert_eq!(all(&[]), "[usr] [etc]");
+        assert_eq!(all(&[("podman", &[HOOKS_D, ETC_HOOKS_D])]), "[usr, etc]");
+        assert_eq!(all(&[("podman", &["/a"])]), "[/a] [usr] [etc]");
+        assert_eq!(all(&[("CRI-O", &[ETC_HOOKS_D])]), "[etc] [usr]");
+    }
+
+    #[test]
+    fn a_later_directory_overrides_an_earlier_one() {
+        let files = |lists: &[&[&str]]| {
+            let lists: Vec<Vec<PathBuf>> = lists.iter().map(|list| list.iter().map(PathBuf::from).collect()).collect();
+            let names = |directory: &Path| {
+                let both = [directory.join("ours.json"), directory.join("x.json")];
+                if directory == Path::new("/usr") { both.to_vec() } else { both[..1].to_vec() }
+            };
+            let found = hook_files(&lists, names).into_iter();
+            found.map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(files(&[&["/usr", "/etc"]]), "/etc/ours.json /usr/x.json");
+        // One engine is told the other order, or of one alone.
+        assert_eq!(files(&[&["/usr", "/etc"], &["/etc", "/usr"]]), "/etc/ours.json /usr/ours.json /usr/x.json");
+        assert_eq!(files(&[&["/usr", "/etc"], &["/usr"]]), "/etc/ours.json /usr/ours.json /usr/x.json");
     }
 
     #[test]
     fn hooks_dir_is_read_as_the_engines_do() {
         let read = |text: &str, table: &[&str]| hooks_dir(text, table);
-        let expected = Ok(Some(vec![PathBuf::from("/a"), PathBuf::from("/b")]));
-        assert_eq!(read("[engine]\nhooks_dir = [\"/a\", \"/b\", {append = true}]\n", &["engine"]), expected);
-        assert_eq!(read("[crio.runtime]\nhooks_dir = [\"/a\", \"/b\"]\n", &["crio", "runtime"]), expected);
+        let expected = |append| Ok(Some(HooksDir { directories: vec!["/a".into(), "/b".into()], append }));
+        let list = |last: &str| read(&format!("[engine]\nhooks_dir = [\"/a\", \"/b\"{last}]\n"), &["engine"]);
+        assert_eq!(list(""), expected(None));
+        assert_eq!(list(", {append = true}"), expected(Some(true)));
+        assert_eq!(list(", {append = false}"), expected(Some(false)));
+        assert_eq!(read("[crio.runtime]\nhooks_dir = [\"/a\", \"/b\"]\n", &["crio", "runtime"]), expected(None));
         assert_eq!(read("[engine]\nruntime = \"crun\"\n", &["engine"]), Ok(None));
         assert_eq!(read("engine = 5\n", &["engine"]), Ok(None));
         assert!(read("[engine\n", &["engine"]).is_err());

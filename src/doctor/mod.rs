@@ -1,27 +1,29 @@
 //! The verb `doctor`: what is wrong with the host, or with one container's paths, and what mends it. It takes no lock and
 //! changes nothing.
 //!
-//! [`mod@host`] and [`container`] judge what was read, as pure functions; [`sockets`] judges what the kernel shows of live
+//! [`mod@host`] and [`container`] judge what was read ([`seen`]), as pure functions; [`sockets`] judges what the kernel shows of live
 //! connections, [`probe`] opens one. What can be found stands in one table, [`finding`].
 
 pub mod container;
 pub mod finding;
 pub mod host;
 pub mod probe;
+pub mod seen;
 pub mod sockets;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cli::Target;
+use crate::cli::{Globals, Target};
 use crate::context::Context;
-use crate::front::command;
+use crate::front::command::{self, Purpose};
 use crate::instance::{Instance, open_netns_of};
 use crate::kernel::netlink::diag::Diag;
-use crate::kernel::netlink::ways::{Hop, Ways};
+use crate::kernel::netlink::route::Route;
+use crate::kernel::netlink::routing::Hop;
 use crate::kernel::netns::{Namespace, Visit};
 use crate::kernel::sysctl::read_text;
 use crate::kernel::{self, Facts, Kernel, Kind};
@@ -31,6 +33,10 @@ use crate::privileges;
 use crate::request::setting::SettingKey;
 use crate::status::{self, Status};
 use finding::{Finding, Severity};
+use seen::{Known, Names, Reached, Seen, Sockets, Way, shell_word};
+
+/// How many peers of an address are looked at for one that it reaches.
+const PEERS_MAX: usize = 16;
 
 /// What the doctor says.
 pub struct Diagnosis {
@@ -54,17 +60,23 @@ impl Diagnosis {
 }
 
 /// Looks at the host, or at one container; with `peer` also opens a connection from inside.
-pub fn doctor(target: Option<&Target>, peer: Option<SocketAddr>, context: &Context) -> Result<Diagnosis> {
+pub fn doctor(
+    target: Option<&Target>,
+    peer: Option<SocketAddr>,
+    context: &Context,
+    globals: &Globals,
+) -> Result<Diagnosis> {
+    let hook = seen::hook_command(globals);
     match target {
-        Some(target) => one(target, peer, context),
-        None => the_host(context),
+        Some(target) => one(target, peer, context, hook),
+        None => the_host(context, hook),
     }
 }
 
-fn the_host(context: &Context) -> Result<Diagnosis> {
+fn the_host(context: &Context, hook: String) -> Result<Diagnosis> {
     let status = status::status(context, None)?;
     let own = Namespace::own().ok().map(|namespace| namespace.inode());
-    let seen = host::look(running_agent(context)?, own);
+    let seen = host::look(running_agent(context)?, own, hook);
     let mut facts = seen.kernel.clone();
     for hook in &seen.hooks {
         facts.push(("hook", format!("{}: {}", hook.engine, hook.file.display())));
@@ -81,15 +93,15 @@ fn running_agent(context: &Context) -> Result<Option<u32>> {
     Ok(Ledger::open(&context.state_dir)?.and_then(|ledger| ledger.agent()).map(|agent| agent.pid))
 }
 
-fn one(target: &Target, peer: Option<SocketAddr>, context: &Context) -> Result<Diagnosis> {
+fn one(target: &Target, peer: Option<SocketAddr>, context: &Context, hook: String) -> Result<Diagnosis> {
     let ledger = Ledger::open(&context.state_dir)?;
-    let record = command::known(target, ledger.as_ref())?;
+    let record = command::known(target, ledger.as_ref(), Purpose::Look)?;
     let status = if record.is_some() { Some(status::status(context, None)?) } else { None };
     let words = match (target, &record) {
         (_, Some(record)) => record.instance.container.id.clone(),
         (Target::Known(name), None) => name.clone(),
         (Target::Pid(pid), None) => format!("--pid {pid}"),
-        (Target::Netns(path), None) => format!("--netns {}", path.display()),
+        (Target::Netns(path), None) => format!("--netns {}", shell_word(&path.display().to_string())),
     };
     let mut diagnosis = Diagnosis {
         target: Some(words.clone()),
@@ -99,7 +111,7 @@ fn one(target: &Target, peer: Option<SocketAddr>, context: &Context) -> Result<D
         probe: None,
     };
     let known = match (record, status) {
-        (Some(record), Some(status)) => match living(record, status) {
+        (Some(record), Some(status)) => match living(record, status, &hook) {
             Ok(known) => Some(known),
             Err(dead) => {
                 diagnosis.findings.push(*dead);
@@ -109,34 +121,39 @@ fn one(target: &Target, peer: Option<SocketAddr>, context: &Context) -> Result<D
         _ => None,
     };
     let (visit, enter) = way_in(target, known.as_ref().map(|known| &known.record.instance))?;
-    let (netns, keys) = (visit.inode(), keys(known.as_ref()));
+    let netns = visit.inode();
     let Some((kind, mut kernel)) = kernel::open(visit, context.deadline)? else {
         let evidence = format!("no /proc/sys/net/mptcp/enabled on {}", kernel::release());
         let finding = Finding::new(&finding::KERNEL_WITHOUT, "this kernel has no MPTCP", evidence);
-        diagnosis.findings.push(finding.mend("boot a kernel that was built with CONFIG_MPTCP=y (Linux 5.6 or newer)"));
+        diagnosis.findings.push(finding.mend(kernel::GET_MPTCP));
         return Ok(diagnosis);
     };
-    let seen = look(kernel.as_mut(), known, words, enter, &keys, netns, context)?;
+    let peer_address = peer.map(|peer| peer.ip());
+    let seen = look(kernel.as_mut(), known, Names { hook, target: words, enter }, netns, peer_address, context)?;
     diagnosis.facts = facts(kind, &seen);
     diagnosis.subflows = sockets::shown(&seen);
     diagnosis.findings = container::judge(&seen);
-    if let (Some(peer), Kind::Upstream) = (peer, kind) {
-        // Strangers answer from here on; the kernel shows subflows to those with CAP_NET_ADMIN.
-        privileges::keep_network()?;
-        let (outcome, found) = probe::run(peer, &seen)?;
-        diagnosis.findings.extend(found);
-        diagnosis.probe = Some(outcome);
+    if let Some(peer) = peer {
+        if let Some(finding) = probe::impossible(peer, &seen) {
+            diagnosis.findings.push(finding);
+        } else {
+            // Strangers answer from here on; the kernel shows subflows to those with CAP_NET_ADMIN.
+            privileges::keep_network()?;
+            let (outcome, found) = probe::run(peer, &seen)?;
+            diagnosis.findings.extend(found);
+            diagnosis.probe = Some(outcome);
+        }
         finding::sort(&mut diagnosis.findings);
     }
     Ok(diagnosis)
 }
 
 /// What the ledger has of the container now, or that it is dead.
-fn living(record: Record, status: Status) -> Result<container::Known, Box<Finding>> {
+fn living(record: Record, status: Status, hook: &str) -> Result<Known, Box<Finding>> {
     let is_it = |found: &status::Container| found.record.instance.container == record.instance.container;
     match status.containers.into_iter().find(is_it) {
-        Some(found) if found.live => Ok(container::Known {
-            record: found.record,
+        Some(found) if found.live => Ok(Known {
+            record: *found.record,
             interrupted: found.interrupted,
             not_followed: found.not_followed,
             drifted: found.drifted,
@@ -145,7 +162,7 @@ fn living(record: Record, status: Status) -> Result<container::Known, Box<Findin
             let pid = record.instance.pid.map_or("its namespace".into(), |pid| format!("pid {pid}"));
             let what = format!("{} is dead, and nobody has let it go", record.name);
             let finding = Finding::new(&finding::CONTAINER_DEAD, what, format!("{pid} is gone"));
-            Err(Box::new(finding.mend("let it go").by(format!("mptcp-hook release {}", record.instance.container.id))))
+            Err(Box::new(finding.mend("let it go").by(format!("{hook} release {}", record.instance.container.id))))
         }
     }
 }
@@ -177,46 +194,46 @@ fn way_in(target: &Target, instance: Option<&Instance>) -> Result<(Visit, String
         (false, Some(pid)) if !nix::unistd::geteuid().is_root() => {
             format!("nsenter --preserve-credentials --user --net --target {pid}")
         }
-        (false, _) => format!("nsenter --net={place}"),
+        (false, _) => format!("nsenter --net={}", shell_word(&place)),
     };
     Ok((visit, enter))
 }
 
 /// The settings that have to be looked at.
-fn keys(known: Option<&container::Known>) -> Vec<SettingKey> {
+fn keys(known: Option<&Known>) -> Vec<SettingKey> {
     known.iter().flat_map(|known| known.record.netns_claims()).map(|own| own.key.clone()).collect()
 }
 
 /// Reads everything in the namespace. The thread stays there.
 fn look(
     kernel: &mut dyn Kernel,
-    known: Option<container::Known>,
-    target: String,
-    enter: String,
-    keys: &[SettingKey],
+    known: Option<Known>,
+    names: Names,
     netns: u64,
+    peer: Option<IpAddr>,
     context: &Context,
-) -> Result<container::Seen> {
-    let mut facts = kernel.facts(keys)?;
+) -> Result<Seen> {
+    let mut facts = kernel.facts(&keys(known.as_ref()))?;
     facts.default_route_links = kernel.default_route_links()?;
-    let mut ways = Ways::open(context.deadline)?;
-    let addresses = ways_out(&mut ways, &facts)?;
+    facts.routing = Some(kernel.routing()?);
+    let mut ways = Route::open(context.deadline)?;
     let sockets = match facts.kind {
         Kind::Upstream => look_at_sockets(&mut ways, context)?,
         Kind::MptcpOrg | Kind::None => None,
     };
+    let addresses = ways_out(&mut ways, &facts, sockets.as_ref(), peer)?;
     let rp_filter = |name: &str| {
         let text = read_text(&format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
         text.and_then(|value| value.parse().ok()).unwrap_or(0)
     };
     let each = facts.links.iter().map(|link| (link.index, rp_filter(&link.name))).collect();
     let netstat = std::fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
-    Ok(container::Seen {
-        target,
-        enter,
+    Ok(Seen {
+        names,
         known,
+        policy: context.policy.clone(),
         ways: addresses,
-        routes: ways.routes()?,
+        routes: ways.entries()?,
         neighbours: ways.neighbours()?,
         rp_filter: (rp_filter("all"), each),
         sockets,
@@ -227,44 +244,61 @@ fn look(
 }
 
 /// The ways out of the endpoints' addresses.
-fn ways_out(ways: &mut Ways, facts: &Facts) -> Result<BTreeMap<IpAddr, container::Way>> {
+fn ways_out(
+    ways: &mut Route,
+    facts: &Facts,
+    sockets: Option<&Sockets>,
+    probed: Option<IpAddr>,
+) -> Result<BTreeMap<IpAddr, Way>> {
     let mut all = BTreeMap::new();
     for endpoint in &facts.endpoints {
         let address = endpoint.address;
         let Some(home) = facts.addresses.iter().find(|assigned| assigned.ip == address) else { continue };
-        let bound = ways.next_hop(address, None, Some(home.ifindex))?;
-        let free = ways.next_hop(address, None, None)?;
-        all.insert(address, container::Way { bound, free });
+        let mut way = Way {
+            bound: ways.next_hop(address, None, Some(home.ifindex))?,
+            free: ways.next_hops(address)?,
+            reached: None,
+        };
+        let connected = sockets.into_iter().flat_map(|sockets| sockets.peers_of(address));
+        let peers: BTreeSet<IpAddr> = connected.chain(probed).filter(|p| p.is_ipv4() == address.is_ipv4()).collect();
+        for peer in peers.into_iter().take(PEERS_MAX) {
+            let is_home = |hop: Option<Hop>| hop.is_some_and(|hop| hop.ifindex == home.ifindex);
+            if is_home(ways.next_hop(address, Some(peer), Some(home.ifindex))?) {
+                let answers = is_home(ways.next_hop(address, Some(peer), None)?);
+                way.reached = Some(Reached { peer, answers });
+                break;
+            }
+        }
+        all.insert(address, way);
     }
     Ok(all)
 }
 
-fn look_at_sockets(ways: &mut Ways, context: &Context) -> Result<Option<sockets::Seen>> {
+fn look_at_sockets(ways: &mut Route, context: &Context) -> Result<Option<Sockets>> {
     let mut diag = Diag::open(context.deadline)?;
     let Some(tcp) = diag.tcp()? else { return Ok(None) };
     let connections = diag.mptcp()?.unwrap_or_default();
     // Thousands of connections to one peer ask the same.
     let mut known: BTreeMap<(IpAddr, IpAddr, u32), Option<Hop>> = BTreeMap::new();
-    let mut leaves_by = Vec::with_capacity(tcp.len());
+    let mut hops = Vec::with_capacity(tcp.len());
     for socket in &tcp {
         let (local, peer) = (socket.local.ip(), socket.peer.ip());
         if socket.subflow.is_none() || local.is_ipv4() != peer.is_ipv4() {
-            leaves_by.push(None);
+            hops.push(None);
             continue;
         }
-        let bound = (socket.device != 0).then_some(socket.device);
         let hop = match known.get(&(local, peer, socket.device)) {
             Some(hop) => hop.clone(),
-            None => ways.next_hop(local, Some(peer), bound)?,
+            None => sockets::next_hop(ways, local, peer, socket.device)?,
         };
-        leaves_by.push(bound.or(hop.as_ref().map(|hop| hop.ifindex)));
+        hops.push(hop.clone());
         known.insert((local, peer, socket.device), hop);
     }
-    Ok(Some(sockets::Seen { tcp, connections, leaves_by }))
+    Ok(Some(Sockets { tcp, connections, hops }))
 }
 
 /// What is worth knowing of a namespace when nothing is wrong.
-fn facts(kind: Kind, seen: &container::Seen) -> Vec<(&'static str, String)> {
+fn facts(kind: Kind, seen: &Seen) -> Vec<(&'static str, String)> {
     use crate::request::flags::EndpointFlags;
     let mut facts = vec![("kernel", format!("{} MPTCP, Linux {}", kind.name(), seen.facts.release))];
     if let Some(limits) = seen.facts.limits {
@@ -273,8 +307,10 @@ fn facts(kind: Kind, seen: &container::Seen) -> Vec<(&'static str, String)> {
     for endpoint in &seen.facts.endpoints {
         let way = seen.ways.get(&endpoint.address).and_then(|way| way.bound.as_ref());
         let way = match way {
-            Some(Hop { ifindex, gateway: Some(gateway) }) => format!(" via {gateway} dev {}", seen.link_name(*ifindex)),
-            Some(Hop { ifindex, gateway: None }) => format!(" dev {}", seen.link_name(*ifindex)),
+            Some(Hop { ifindex, gateway: Some(gateway), .. }) => {
+                format!(" via {gateway} dev {}", seen.link_name(*ifindex))
+            }
+            Some(Hop { ifindex, gateway: None, .. }) => format!(" dev {}", seen.link_name(*ifindex)),
             None => String::new(),
         };
         let names = EndpointFlags(endpoint.flags).names().join(",");

@@ -3,7 +3,7 @@
 //! The kernel makes further subflows only once the peer has acknowledged data: where the peer says nothing by itself,
 //! one line break is sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -13,13 +13,14 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
-use super::container::Seen;
 use super::finding::{self, Finding};
+use super::seen::Seen;
 use super::sockets::{self, Shown};
 use crate::deadline::Deadline;
-use crate::kernel::Endpoint;
 use crate::kernel::netlink::diag::{Diag, Subflow, TcpSocket, TcpState};
-use crate::kernel::netlink::ways::{Neighbour, Ways};
+use crate::kernel::netlink::neighbours::Neighbour;
+use crate::kernel::netlink::route::Route;
+use crate::kernel::{Endpoint, Kind};
 use crate::request::flags::EndpointFlags;
 
 /// How long the first path may take: a SYN and two repetitions (RFC 6298).
@@ -28,6 +29,8 @@ pub const CONNECT_TIME: Duration = Duration::from_secs(5);
 pub const PATH_TIME: Duration = Duration::from_secs(4);
 /// How long the peer has to speak first.
 const PEER_SPEAKS: Duration = Duration::from_millis(250);
+/// How soon the first SYN of a path is answered, or the kernel repeats it (RFC 6298).
+const ANSWER_TIME: Duration = Duration::from_secs(1);
 /// How often the sockets are looked at.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -38,7 +41,7 @@ pub struct Outcome {
     pub peer: String,
     /// Whether there was a connection.
     pub connected: bool,
-    /// Whether it was MPTCP.
+    /// Whether it was seen to be MPTCP.
     pub mptcp: bool,
     /// The milliseconds that the first path took.
     pub milliseconds: u64,
@@ -46,10 +49,47 @@ pub struct Outcome {
     pub subflows: Vec<Shown>,
 }
 
+/// What was seen of the connection.
+#[derive(Default)]
+struct Watched {
+    /// Its first path, as it was seen last; none if it was gone before the first look.
+    own: Option<TcpSocket>,
+    /// How long it lasted, if the peer has ended it.
+    ended: Option<Duration>,
+    /// The addresses from which further paths were up.
+    up: BTreeSet<IpAddr>,
+    /// Those from which one was tried, from when to when. The kernel gives a path up whose next hop does not answer, and
+    /// leaves nothing of it behind.
+    tried: BTreeMap<IpAddr, (Duration, Duration)>,
+}
+
+impl Watched {
+    /// For how long the kernel was seen to wait for an answer to a path's SYN.
+    fn waited(&self, address: IpAddr) -> Option<Duration> {
+        self.tried.get(&address).map(|(since, until)| *until - *since)
+    }
+}
+
+/// Why no connection can be probed, if so.
+pub fn impossible(peer: SocketAddr, seen: &Seen) -> Option<Finding> {
+    let what = format!("no connection to {peer} was opened");
+    let finding = |evidence: String| Finding::new(&finding::PROBE_IMPOSSIBLE, what, evidence);
+    if seen.facts.kind != Kind::Upstream {
+        let evidence = format!("the kernel's MPTCP is {}, and a probe is for upstream's", seen.facts.kind.name());
+        let look = "cat /proc/net/mptcp_net/mptcp".to_owned();
+        Some(finding(evidence).mend("have a program inside open one, and look at it").by(seen.inside(&[look])))
+    } else if seen.sockets.is_none() {
+        let evidence = "the kernel cannot list the sockets".to_owned();
+        Some(finding(evidence).mend("load tcp_diag first, see sockets-unreadable"))
+    } else {
+        None
+    }
+}
+
 /// Connects, looks, and hangs up. The thread is in the namespace.
 pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
     let deadline = Deadline::after(CONNECT_TIME + PATH_TIME + Duration::from_secs(2));
-    let (mut diag, mut ways) = (Diag::open(deadline)?, Ways::open(deadline)?);
+    let (mut diag, mut ways) = (Diag::open(deadline)?, Route::open(deadline)?);
     let begin = Instant::now();
     let mut outcome =
         Outcome { peer: peer.to_string(), connected: false, mptcp: false, milliseconds: 0, subflows: Vec::new() };
@@ -69,42 +109,52 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
     let expected = expected(seen, peer, local);
     let begin = Instant::now();
     let mut has_spoken = false;
-    // The kernel gives a path up whose next hop does not answer, and leaves nothing of it behind.
-    let mut tried: BTreeMap<IpAddr, Duration> = BTreeMap::new();
-    let (mut own, mut all);
+    let mut watched = Watched::default();
+    let mut all;
     loop {
         all = diag.tcp()?.unwrap_or_default();
-        own = first(&all);
-        let is_agreed = own.as_ref().and_then(|s| s.subflow).is_some_and(|subflow| subflow.is_agreed());
-        if !is_agreed {
+        let now = first(&all);
+        let is_over = now.as_ref().is_none_or(|s| s.state != TcpState::Established) || has_hung_up(&stream)?;
+        watched.ended = is_over.then(|| begin.elapsed());
+        watched.own = now.or(watched.own);
+        let Some(own) = watched.own.as_ref().filter(|s| s.subflow.is_some_and(|subflow| subflow.is_agreed())) else {
+            break;
+        };
+        outcome.mptcp = true;
+        for socket in all.iter().filter(|s| s.state == TcpState::SynSent && is_part_of(s, own)) {
+            let now = begin.elapsed();
+            watched.tried.entry(socket.local.ip()).or_insert((now, now)).1 = now;
+        }
+        if is_over {
             break;
         }
-        outcome.mptcp = true;
-        let is_up = |endpoint: &&Endpoint| established(&all, own.as_ref(), endpoint).is_some();
-        for socket in all.iter().filter(|s| s.state == TcpState::SynSent && is_part_of(s, own.as_ref())) {
-            tried.insert(socket.local.ip(), begin.elapsed());
-        }
-        if expected.iter().all(is_up) || begin.elapsed() > PATH_TIME {
+        watched.up = expected.iter().map(|endpoint| endpoint.address).filter(|ip| is_up(&all, own, *ip)).collect();
+        if watched.up.len() == expected.len() || begin.elapsed() > PATH_TIME {
             break;
         }
         if !has_spoken && begin.elapsed() > PEER_SPEAKS {
             has_spoken = true;
-            // A peer that has hung up shows in the sockets.
+            // Whether the peer has hung up is looked at next.
             let _ = stream.write_all(b"\n");
         }
         std::thread::sleep(LOOK);
     }
-    for socket in all.iter().filter(|s| is_part_of(s, own.as_ref())) {
-        let bound = (socket.device != 0).then_some(socket.device);
-        let hop = ways.next_hop(socket.local.ip(), Some(socket.peer.ip()), bound)?;
-        let interface = bound.or(hop.map(|hop| hop.ifindex)).map(|index| seen.link_name(index));
+    for socket in all.iter().filter(|s| watched.own.as_ref().is_some_and(|own| is_part_of(s, own))) {
+        let hop = sockets::next_hop(&mut ways, socket.local.ip(), socket.peer.ip(), socket.device)?;
+        let interface = hop.map(|hop| seen.link_name(hop.ifindex));
         let plain = || TcpSocket { subflow: Some(Subflow::default()), ..socket.clone() };
         outcome
             .subflows
             .extend(sockets::show(socket, interface.clone()).or_else(|| sockets::show(&plain(), interface)));
     }
     let neighbours = ways.neighbours()?;
-    let found = judge(&outcome, seen, &expected, &all, own.as_ref(), &neighbours, &tried);
+    let mut silent = BTreeMap::new();
+    for &&Endpoint { address, ifindex, .. } in &expected {
+        let hop = sockets::next_hop(&mut ways, address, peer.ip(), ifindex)?;
+        let next = hop.and_then(|hop| neighbours.iter().find(|n| sockets::is_silent_next(n, &hop, peer.ip())));
+        silent.extend(next.map(|next| (address, next.clone())));
+    }
+    let found = judge(&outcome, seen, &expected, &watched, &silent);
     Ok((outcome, found))
 }
 
@@ -121,6 +171,14 @@ fn connect(peer: SocketAddr) -> Result<TcpStream> {
     }
 }
 
+/// Whether the peer has ended the connection. Its subflows stay established until this side ends it, too.
+fn has_hung_up(stream: &TcpStream) -> Result<bool> {
+    // Data that waits is nothing, its end is.
+    let mut sockets = [PollFd::new(stream.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    let ready = poll(&mut sockets, PollTimeout::ZERO).context("cannot tell whether the connection lasts")?;
+    Ok(ready > 0)
+}
+
 /// The endpoints from which a further path is due: not the first one's address, as many as the limit lets pass.
 fn expected(seen: &Seen, peer: SocketAddr, local: SocketAddr) -> Vec<&Endpoint> {
     let limit = seen.facts.limits.map_or(0, |limits| limits.subflows) as usize;
@@ -133,51 +191,59 @@ fn expected(seen: &Seen, peer: SocketAddr, local: SocketAddr) -> Vec<&Endpoint> 
 }
 
 /// Whether a socket belongs to the connection whose first subflow is `own`.
-fn is_part_of(socket: &TcpSocket, own: Option<&TcpSocket>) -> bool {
-    own.is_some_and(|own| own.local == socket.local && own.peer == socket.peer || socket.is_sibling_of(own))
+fn is_part_of(socket: &TcpSocket, own: &TcpSocket) -> bool {
+    own.local == socket.local && own.peer == socket.peer || socket.is_sibling_of(own)
 }
 
-/// The established subflow from an endpoint's address.
-fn established<'a>(all: &'a [TcpSocket], own: Option<&TcpSocket>, endpoint: &Endpoint) -> Option<&'a TcpSocket> {
-    let own = own?;
-    all.iter().find(|s| {
-        s.state == TcpState::Established
-            && s.local.ip() == endpoint.address
-            && s.is_sibling_of(own)
-            && s.local != own.local
+/// Whether a further subflow from the address is established.
+fn is_up(all: &[TcpSocket], own: &TcpSocket, address: IpAddr) -> bool {
+    all.iter().any(|s| {
+        s.state == TcpState::Established && s.local.ip() == address && s.is_sibling_of(own) && s.local != own.local
     })
 }
 
-/// What that says.
+/// What that says; `silent` are the next machines that have not answered, by the address that they were asked for.
 fn judge(
     outcome: &Outcome,
     seen: &Seen,
     expected: &[&Endpoint],
-    all: &[TcpSocket],
-    own: Option<&TcpSocket>,
-    neighbours: &[Neighbour],
-    tried: &BTreeMap<IpAddr, Duration>,
+    watched: &Watched,
+    silent: &BTreeMap<IpAddr, Neighbour>,
 ) -> Vec<Finding> {
     let peer = &outcome.peer;
+    let closed = |what: String| {
+        let evidence = format!("it ended {} ms after it had come up", watched.ended.unwrap_or_default().as_millis());
+        let mend = "probe a port whose service keeps a connection that says no more than one line break";
+        Finding::new(&finding::PROBE_CLOSED, what, evidence).mend(mend)
+    };
+    let Some(own) = &watched.own else {
+        return vec![closed(format!("{peer} ended the connection before it could be looked at"))];
+    };
     if !outcome.mptcp {
-        let evidence = own.and_then(|s| s.subflow).map_or("the socket is plain TCP now".into(), |s| {
+        let evidence = own.subflow.map_or("the socket is plain TCP now".into(), |s| {
             format!("flags {}: no MP_CAPABLE in the SYN/ACK", s.letters())
         });
         let mend =
             "have the peer's program listen with IPPROTO_MPTCP; if it does, something on the way removes TCP option 30";
         return vec![Finding::new(&finding::PROBE_PLAIN, format!("{peer} speaks plain TCP only"), evidence).mend(mend)];
     }
-    let mut found = Vec::new();
+    let (mut found, mut unknown) = (Vec::new(), Vec::new());
     for endpoint in expected {
-        if established(all, own, endpoint).is_some() {
+        let address = endpoint.address;
+        let waited = watched.waited(address);
+        if watched.up.contains(&address) {
             continue;
         }
-        let address = endpoint.address;
+        if watched.ended.is_some() && waited.is_none_or(|time| time < ANSWER_TIME) {
+            unknown.push(address.to_string());
+            continue;
+        }
         let home = seen.home(address);
         let name = home.map(|home| home.name.clone());
-        let silent = home.and_then(|home| neighbours.iter().find(|n| n.ifindex == home.index && n.is_silent()));
-        let silent = silent.map(|n| format!("; {} dev {} {}", n.address, seen.link_name(n.ifindex), n.state_name()));
-        let evidence = match tried.get(&address) {
+        let silent = silent
+            .get(&address)
+            .map(|n| format!("; {} dev {} {}", n.address, seen.link_name(n.ifindex), n.state_name()));
+        let evidence = match waited {
             Some(time) => {
                 format!("SYN-SENT for {:.1} s without an answer{}", time.as_secs_f64(), silent.unwrap_or_default())
             }
@@ -191,11 +257,77 @@ fn judge(
         finding.interface = name;
         found.push(finding);
     }
+    if !unknown.is_empty() {
+        let from = unknown.join(", ");
+        found.push(closed(format!("{peer} ended the connection before a further path came up from {from}")));
+    }
     if found.is_empty() {
-        let up = outcome.subflows.iter().filter(|s| s.state == TcpState::Established.name()).count();
+        let up = outcome.subflows.iter().filter(|s| s.state != TcpState::SynSent.name()).count();
         let what = format!("an MPTCP connection to {peer} came up with {up} subflows");
         let evidence = format!("the first path took {} ms", outcome.milliseconds);
         found.push(Finding::new(&finding::PROBE_FINE, what, evidence));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::seen::testing::healthy;
+    use super::*;
+
+    fn peer() -> SocketAddr {
+        ([10, 0, 0, 1], 80).into()
+    }
+
+    /// The findings' names, where a path from 10.0.2.2 is due.
+    fn ids(watched: &Watched, mptcp: bool) -> Vec<&'static str> {
+        let outcome =
+            Outcome { peer: peer().to_string(), connected: true, mptcp, milliseconds: 1, subflows: Vec::new() };
+        let seen = healthy();
+        let expected: Vec<&Endpoint> = seen.facts.endpoints.iter().collect();
+        judge(&outcome, &seen, &expected, watched, &BTreeMap::new()).iter().map(|finding| finding.id).collect()
+    }
+
+    #[test]
+    fn the_end_of_a_connection_says_nothing_of_its_paths() {
+        let address: IpAddr = [10, 0, 2, 2].into();
+        let own = TcpSocket {
+            state: TcpState::Established,
+            local: ([10, 0, 1, 2], 40_000).into(),
+            peer: peer(),
+            device: 0,
+            retransmits: 0,
+            inode: 5,
+            is_mptcp: true,
+            subflow: Some(Subflow { token: 7, flags: 0b11, local_id: 0 }),
+            sent: 0,
+            received: 0,
+        };
+        let ended = Some(Duration::from_millis(300));
+        let watched = || Watched { own: Some(own.clone()), ..Watched::default() };
+        let tried = |seconds| BTreeMap::from([(address, (Duration::ZERO, Duration::from_secs(seconds)))]);
+        // Gone before anybody looked: it may have been MPTCP.
+        assert_eq!(ids(&Watched { ended, ..Watched::default() }, false), ["probe-peer-closed"]);
+        assert_eq!(ids(&watched(), false), ["probe-plain-tcp"]);
+        assert_eq!(ids(&watched(), true), ["probe-subflow-missing"]);
+        assert_eq!(ids(&Watched { ended, ..watched() }, true), ["probe-peer-closed"]);
+        assert_eq!(ids(&Watched { ended, tried: tried(0), ..watched() }, true), ["probe-peer-closed"]);
+        // Long enough for an answer.
+        assert_eq!(ids(&Watched { ended, tried: tried(1), ..watched() }, true), ["probe-subflow-missing"]);
+        assert_eq!(ids(&Watched { ended, up: BTreeSet::from([address]), ..watched() }, true), ["probe-established"]);
+    }
+
+    #[test]
+    fn where_nothing_can_be_probed() {
+        let what =
+            |seen: &Seen| impossible(peer(), seen).map(|finding| (finding.id, finding.evidence, finding.command));
+        assert_eq!(what(&healthy()), None);
+        let mut seen = healthy();
+        seen.facts.kind = Kind::MptcpOrg;
+        let (id, evidence, command) = what(&seen).unwrap();
+        assert!(id == "probe-impossible" && evidence.contains("mptcp.org"), "{evidence}");
+        assert_eq!(command.unwrap(), "nsenter --net=/x cat /proc/net/mptcp_net/mptcp");
+        let (id, evidence, _) = what(&Seen { sockets: None, ..healthy() }).unwrap();
+        assert!(id == "probe-impossible" && evidence.contains("cannot list"), "{evidence}");
+    }
 }

@@ -2,25 +2,20 @@
 
 use std::net::IpAddr;
 
+use anyhow::Result;
 use serde::Serialize;
 
-use super::container;
 use super::finding::{self, Finding};
-use crate::kernel::netlink::diag::{MptcpSocket, TcpSocket, TcpState};
+use super::seen::{Seen, Sockets};
+use crate::kernel::Link;
+use crate::kernel::netlink::diag::{TcpSocket, TcpState};
+use crate::kernel::netlink::neighbours::Neighbour;
+use crate::kernel::netlink::route::Route;
+use crate::kernel::netlink::routing::Hop;
 use crate::request::flags::EndpointFlags;
 
 /// How many sockets stand in one finding's evidence.
 const EXAMPLES: usize = 3;
-
-/// The sockets, as they were read.
-pub struct Seen {
-    /// All of TCP's.
-    pub tcp: Vec<TcpSocket>,
-    /// MPTCP's connections, where the kernel lists them.
-    pub connections: Vec<MptcpSocket>,
-    /// For each of `tcp` that is a subflow: the interface by which its packets leave.
-    pub leaves_by: Vec<Option<u32>>,
-}
 
 /// A subflow, as it is shown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -41,20 +36,20 @@ pub struct Shown {
     pub backup: bool,
     /// Whether the other side has.
     pub peer_backup: bool,
-    /// Bytes sent and acknowledged.
+    /// Bytes sent.
     pub sent: u64,
     /// Bytes received.
     pub received: u64,
 }
 
 /// The subflows as they are shown.
-pub fn shown(seen: &container::Seen) -> Vec<Shown> {
+pub fn shown(seen: &Seen) -> Vec<Shown> {
     let Some(sockets) = &seen.sockets else { return Vec::new() };
     let mut all: Vec<Shown> = sockets
         .tcp
         .iter()
-        .zip(&sockets.leaves_by)
-        .filter_map(|(socket, interface)| show(socket, interface.map(|index| seen.link_name(index))))
+        .zip(&sockets.hops)
+        .filter_map(|(socket, hop)| show(socket, hop.as_ref().map(|hop| seen.link_name(hop.ifindex))))
         .collect();
     all.sort_by(|a, b| (&a.connection, &a.local).cmp(&(&b.connection, &b.local)));
     all
@@ -72,13 +67,27 @@ pub fn show(socket: &TcpSocket, interface: Option<String>) -> Option<Shown> {
         flags: subflow.letters(),
         backup: subflow.is_backup(),
         peer_backup: subflow.is_peers_backup(),
-        sent: socket.acknowledged,
+        sent: socket.sent,
         received: socket.received,
     })
 }
 
+/// Where packets of a socket that is bound to `device`, or to none (0), go next. Where no route leads there by that
+/// interface, the kernel asks its link for the peer itself.
+pub fn next_hop(ways: &mut Route, local: IpAddr, peer: IpAddr, device: u32) -> Result<Option<Hop>> {
+    let bound = (device != 0).then_some(device);
+    let hop = ways.next_hop(local, Some(peer), bound)?.filter(|hop| bound.is_none_or(|index| index == hop.ifindex));
+    Ok(hop.or(bound.map(|ifindex| Hop { ifindex, gateway: None, onlink: false })))
+}
+
+/// Whether packets to `peer` go to that machine next, and it was asked for and has not answered.
+pub fn is_silent_next(neighbour: &Neighbour, hop: &Hop, peer: IpAddr) -> bool {
+    let next = hop.gateway.unwrap_or(peer);
+    neighbour.ifindex == hop.ifindex && neighbour.address == next && neighbour.is_silent()
+}
+
 /// All that is wrong with them.
-pub fn judge(seen: &container::Seen, found: &mut Vec<Finding>) {
+pub fn judge(seen: &Seen, found: &mut Vec<Finding>) {
     let Some(sockets) = &seen.sockets else {
         let evidence = "tcp_diag is neither built in nor loaded";
         let finding = Finding::new(&finding::SOCKETS_UNREADABLE, "the kernel cannot list the sockets", evidence);
@@ -86,12 +95,18 @@ pub fn judge(seen: &container::Seen, found: &mut Vec<Finding>) {
         return;
     };
     plain(seen, sockets, found);
-    for (socket, leaves_by) in sockets.tcp.iter().zip(&sockets.leaves_by) {
+    for (socket, hop) in sockets.tcp.iter().zip(&sockets.hops) {
+        let leaves_by = hop.as_ref().map(|hop| hop.ifindex);
         let Some(subflow) = socket.subflow else { continue };
-        let home = seen.home(socket.local.ip()).filter(|home| home.flags & libc::IFF_LOOPBACK as u32 == 0);
+        let is_loopback = |link: &Link| link.flags & libc::IFF_LOOPBACK as u32 != 0;
+        // Between programs of one container no path leads out; a join from another address is never answered.
+        if seen.is_own(socket.peer.ip()) || leaves_by.and_then(|index| seen.link(index)).is_some_and(is_loopback) {
+            continue;
+        }
+        let home = seen.home(socket.local.ip()).filter(|home| !is_loopback(home));
         let ends = format!("{} to {}", socket.local.ip(), socket.peer);
         if socket.state == TcpState::SynSent && subflow.is_join() && socket.retransmits > 0 {
-            found.push(stuck(seen, socket, leaves_by.or(home.map(|home| home.index)), &ends, found));
+            found.push(stuck(seen, socket, hop.as_ref(), &ends, found));
         }
         let Some(home) = home else { continue };
         let name = home.name.as_str();
@@ -119,7 +134,10 @@ pub fn judge(seen: &container::Seen, found: &mut Vec<Finding>) {
                 let word = |is: bool| if is { "a backup path" } else { "a normal path" };
                 let what =
                     format!("the subflow {ends} is {}, and its endpoint {}", word(subflow.is_backup()), word(wanted));
-                let flip = |to: &str| format!("ip mptcp endpoint change id {} {to}", endpoint.id);
+                // A change that does not name it takes it away, and closes live subflows.
+                let fullmesh =
+                    if EndpointFlags(endpoint.flags).contains(EndpointFlags::FULLMESH) { " fullmesh" } else { "" };
+                let flip = |to: &str| format!("ip mptcp endpoint change id {} {to}{fullmesh}", endpoint.id);
                 let (away, back) = if wanted { ("nobackup", "backup") } else { ("backup", "nobackup") };
                 let finding = Finding::new(&finding::SUBFLOW_BACKUP, what, format!("flags {}", subflow.letters()));
                 found.push(
@@ -135,9 +153,10 @@ pub fn judge(seen: &container::Seen, found: &mut Vec<Finding>) {
 }
 
 /// A subflow that gets no answer.
-fn stuck(seen: &container::Seen, socket: &TcpSocket, leaves_by: Option<u32>, ends: &str, found: &[Finding]) -> Finding {
-    let name = leaves_by.map(|index| seen.link_name(index));
-    let asked = seen.neighbours.iter().find(|n| Some(n.ifindex) == leaves_by && n.is_silent());
+fn stuck(seen: &Seen, socket: &TcpSocket, hop: Option<&Hop>, ends: &str, found: &[Finding]) -> Finding {
+    let home = seen.home(socket.local.ip());
+    let name = hop.map(|hop| hop.ifindex).or(home.map(|home| home.index)).map(|index| seen.link_name(index));
+    let asked = hop.and_then(|hop| seen.neighbours.iter().find(|n| is_silent_next(n, hop, socket.peer.ip())));
     let asked = asked.map(|n| format!("; {} dev {} {}", n.address, seen.link_name(n.ifindex), n.state_name()));
     let evidence = format!("SYN-SENT, repeated {} times{}", socket.retransmits, asked.unwrap_or_default());
     let mut finding = Finding::new(&finding::SUBFLOW_STUCK, format!("the subflow {ends} gets no answer"), evidence);
@@ -152,10 +171,12 @@ fn stuck(seen: &container::Seen, socket: &TcpSocket, leaves_by: Option<u32>, end
 }
 
 /// Plain TCP against MPTCP.
-fn plain(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
-    let outward: Vec<&TcpSocket> =
-        sockets.tcp.iter().filter(|s| !s.local.ip().is_loopback() && !s.peer.ip().is_loopback()).collect();
-    let (mptcp, plain): (Vec<&TcpSocket>, Vec<&TcpSocket>) = outward.into_iter().partition(|socket| socket.is_mptcp);
+fn plain(seen: &Seen, sockets: &Sockets, found: &mut Vec<Finding>) {
+    // The kernel does not say of a half-open connection what it will be.
+    let is_outward =
+        |s: &&TcpSocket| !s.local.ip().is_loopback() && !seen.is_own(s.peer.ip()) && s.state != TcpState::SynReceived;
+    let (mptcp, plain): (Vec<&TcpSocket>, Vec<&TcpSocket>) =
+        sockets.tcp.iter().filter(is_outward).partition(|socket| socket.is_mptcp);
     let first = |all: &[&TcpSocket]| {
         let one = |s: &&TcpSocket| match s.state {
             TcpState::Listen => format!("{} LISTEN", s.local),
@@ -167,16 +188,18 @@ fn plain(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
         }
         text
     };
-    if !plain.is_empty() {
-        let evidence = first(&plain);
-        if mptcp.is_empty() && !seen.facts.endpoints.is_empty() {
-            let what = format!("no socket is MPTCP, {} are plain TCP", plain.len());
-            let mend = "open the sockets with IPPROTO_MPTCP (262); a program that does not know it can be started by";
-            found.push(Finding::new(&finding::TCP_ONLY, what, evidence).mend(mend).by("mptcpize run PROGRAM"));
-        } else {
-            let what = format!("{} sockets are plain TCP, {} belong to MPTCP", plain.len(), mptcp.len());
-            found.push(Finding::new(&finding::TCP_MIXED, what, evidence));
-        }
+    // A service that waits has no use for the addresses from which paths are opened.
+    let is_announced = seen.facts.endpoints.iter().any(|e| EndpointFlags(e.flags).contains(EndpointFlags::SIGNAL));
+    let concerned = plain.iter().filter(|s| is_announced || s.state != TcpState::Listen);
+    let concerned: Vec<&TcpSocket> = concerned.copied().collect();
+    if !concerned.is_empty() && mptcp.is_empty() && !seen.facts.endpoints.is_empty() {
+        let what = format!("no socket is MPTCP, {} are plain TCP", concerned.len());
+        let mend = "open the sockets with IPPROTO_MPTCP (262); a program that does not know it can be started by";
+        let finding = Finding::new(&finding::TCP_ONLY, what, first(&concerned));
+        found.push(finding.mend(mend).by("mptcpize run PROGRAM"));
+    } else if !plain.is_empty() {
+        let what = format!("{} sockets are plain TCP, {} belong to MPTCP", plain.len(), mptcp.len());
+        found.push(Finding::new(&finding::TCP_MIXED, what, first(&plain)));
     }
     let fallen =
         |s: &&&TcpSocket| s.state == TcpState::Established && s.subflow.is_some_and(|subflow| !subflow.is_agreed());
@@ -199,13 +222,14 @@ fn plain(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
     }
 }
 
-/// Connections that were opened here and have no subflow from an endpoint that could have one.
-fn lacking(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
+/// Connections that were opened here and have no subflow from an endpoint that could have one. A client that has neither
+/// sent nor got anything has none yet.
+fn lacking(seen: &Seen, sockets: &Sockets, found: &mut Vec<Finding>) {
     let Some(limits) = seen.facts.limits else { return };
     let opened = |s: &&TcpSocket| {
         s.state == TcpState::Established
-            && !s.peer.ip().is_loopback()
-            && s.subflow.is_some_and(|subflow| subflow.opened_connection() && subflow.is_agreed())
+            && !seen.is_own(s.peer.ip())
+            && s.subflow.is_some_and(|s| s.opened_connection() && s.is_agreed() && s.is_fully_established())
     };
     for first in sockets.tcp.iter().filter(opened) {
         let all: Vec<&TcpSocket> = sockets.tcp.iter().filter(|s| s.is_sibling_of(first)).collect();
@@ -222,7 +246,7 @@ fn lacking(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
                 && home.is_running();
             let is_explained = found.iter().any(|other| {
                 other.interface.as_deref() == Some(name)
-                    && other.severity == finding::Severity::Problem
+                    && (other.severity == finding::Severity::Problem || other.id == finding::ROUTE_PARTIAL.id)
                     && other.id != finding::SUBFLOW_LACKING.id
             });
             if !is_able || is_explained || all.iter().any(|s| s.local.ip() == address) {
@@ -233,12 +257,7 @@ fn lacking(seen: &container::Seen, sockets: &Seen, found: &mut Vec<Finding>) {
             let counted = first.subflow.and_then(|s| sockets.connections.iter().find(|c| c.token == s.token));
             let counted = counted.map(|c| format!("; the kernel counts {}", c.subflows)).unwrap_or_default();
             let evidence = format!("{joins} further subflows, none from there{counted}");
-            let words = EndpointFlags(endpoint.flags).names().join(" ");
-            let id = endpoint.id;
-            let command = seen.inside(&[
-                format!("ip mptcp endpoint delete id {id}"),
-                format!("ip mptcp endpoint add {address} id {id} dev {name} {words}"),
-            ]);
+            let command = seen.rebuilt(endpoint, name, EndpointFlags(endpoint.flags));
             let mend =
                 "make the endpoint anew: live connections try it again (or the peer refused the join: see its limits)";
             found.push(Finding::new(&finding::SUBFLOW_LACKING, what, evidence).on(name).mend(mend).by(command));

@@ -1,6 +1,6 @@
 //! `config.json` of an OCI bundle: what the runtime itself will write, and the network namespace's path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
@@ -73,19 +73,9 @@ impl Bundle {
             let source = Source::new(Rank::Runtime, "linux.sysctl of the container's config.json");
             Some(Wish::new(What::Setting(key, value), source))
         };
-        let mut seen = Vec::new();
+        let mut seen = BTreeSet::new();
         // `net.a` and `net/a` may both stand there; the runtime writes both, and the first is as good as the second.
-        self.linux
-            .sysctl
-            .iter()
-            .filter_map(read)
-            .filter(|wish| {
-                let subject = wish.what.subject();
-                let new = !seen.contains(&subject);
-                seen.push(subject);
-                new
-            })
-            .collect()
+        self.linux.sysctl.iter().filter_map(read).filter(|wish| seen.insert(wish.what.subject())).collect()
     }
 
     /// The path of the network namespace, if it is shared or was made beforehand.

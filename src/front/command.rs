@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Apply, ContainerFiles, Place};
+use super::{Apply, ContainerFiles, Place, gateways};
 use crate::cli::Target;
 use crate::error::{shown, usage};
 use crate::instance::{ContainerId, Door, Process};
@@ -26,7 +26,7 @@ pub fn apply(
     request.extend(wishes)?;
     let (container, place, netns_path) = match target {
         Target::Known(name) => {
-            let record = find(ledger, name)?;
+            let record = find(ledger, name, Purpose::Change)?;
             // What it was asked for before is asked for again: an interface may have come since.
             request = request.on_top_of(&record.request)?;
             let place = place_of(&record)?;
@@ -59,6 +59,7 @@ pub fn apply(
         request.extend(found.wishes)?;
         request.extend(policy.defaults.iter().cloned())?;
     }
+    gateways::add(&mut request, &container, &[], containers.initial_user_namespace);
     Ok(Apply { container, place, netns_path, request, notes: Vec::new() })
 }
 
@@ -66,7 +67,7 @@ pub fn apply(
 pub fn look(target: &Target, ledger: Option<&Ledger>) -> Result<(String, Place)> {
     Ok(match target {
         Target::Known(name) => {
-            let record = find(ledger, name)?;
+            let record = find(ledger, name, Purpose::Look)?;
             let place = place_of(&record)?;
             (record.name, place)
         }
@@ -95,7 +96,7 @@ fn place_of(record: &Record) -> Result<Place> {
 
 /// The container that a person wants to let go.
 pub fn release(target: &Target, ledger: Option<&Ledger>) -> Result<ContainerId> {
-    match (known(target, ledger)?, target) {
+    match (known(target, ledger, Purpose::Change)?, target) {
         (Some(record), _) => Ok(record.instance.container),
         (None, Target::Known(name)) => bail!("the ledger knows no container \"{}\"", shown(name)),
         (None, Target::Pid(pid)) => bail!("the ledger knows no container with the process {pid}"),
@@ -105,9 +106,9 @@ pub fn release(target: &Target, ledger: Option<&Ledger>) -> Result<ContainerId> 
 
 /// What the ledger has of the container that a person names. A name that it does not know is an error; a process or a
 /// namespace may be anybody's.
-pub fn known(target: &Target, ledger: Option<&Ledger>) -> Result<Option<Record>> {
+pub fn known(target: &Target, ledger: Option<&Ledger>, purpose: Purpose) -> Result<Option<Record>> {
     match target {
-        Target::Known(name) => find(ledger, name).map(Some),
+        Target::Known(name) => find(ledger, name, purpose).map(Some),
         Target::Pid(pid) => known_process(ledger, *pid),
         Target::Netns(path) => {
             let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
@@ -137,14 +138,45 @@ fn known_process(ledger: Option<&Ledger>, pid: u32) -> Result<Option<Record>> {
     Ok(records(ledger)?.into_iter().find(same))
 }
 
-/// The record of the container that `name` means: its id or name, or the unique beginning of its id.
-pub fn find(ledger: Option<&Ledger>, name: &str) -> Result<Record> {
+/// What a container is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Only to look at it.
+    Look,
+    /// To change it: a name that its author gave it in an annotation is not enough, or an author could have another
+    /// container's place taken by its own.
+    Change,
+}
+
+/// The record of the container that `name` means: its id or its record's name in the ledger, else the name that it was
+/// given, else the unique beginning of an id that an engine has made up. One that is a name may begin with another's.
+pub fn find(ledger: Option<&Ledger>, name: &str, purpose: Purpose) -> Result<Record> {
     let records = records(ledger)?;
-    let exact = |record: &&Record| record.instance.container.id == name || record.name == name;
-    let begins = |record: &&Record| name.len() >= 4 && record.instance.container.id.starts_with(name);
-    let mut found: Vec<&Record> = records.iter().filter(exact).collect();
+    let by = |test: &dyn Fn(&Record) -> bool| records.iter().filter(|record| test(record)).collect::<Vec<_>>();
+    let is_named = |record: &Record| record.name == name;
+    // Both at once: an id can look like the name of another one's record.
+    let mut found = by(&|record| {
+        let container = &record.instance.container;
+        container.id == name || container.key() == name
+    });
     if found.is_empty() {
-        found = records.iter().filter(begins).collect();
+        found = by(&|record| is_named(record) && !record.request.is_named_by_annotation());
+    }
+    if found.is_empty() {
+        found = by(&is_named);
+        if let ([record, ..], Purpose::Change) = (found.as_slice(), purpose) {
+            return Err(usage(format!(
+                "only its own annotation calls a container \"{}\"; to change it, give its id: {}",
+                shown(name),
+                record.instance.container.id
+            )));
+        }
+    }
+    if found.is_empty() {
+        found = by(&|record| {
+            let id = record.instance.container.id.as_str();
+            name.len() >= 4 && is_made_up(id) && id.starts_with(name)
+        });
     }
     match found.as_slice() {
         [one] => Ok((*one).clone()),
@@ -157,8 +189,17 @@ pub fn find(ledger: Option<&Ledger>, name: &str) -> Result<Record> {
             Err(usage(format!("the ledger knows no container \"{}\"; {hint}", shown(name))))
         }
         several => {
-            let ids: Vec<String> = several.iter().map(|record| record.instance.container.id.clone()).collect();
-            Err(usage(format!("\"{}\" could be any of {}; give the whole id", shown(name), ids.join(", "))))
+            let listed = several.iter().map(|record| match &record.instance.container {
+                container if container.engine.is_empty() => container.key(),
+                container => format!("{} ({})", container.key(), shown(&container.engine)),
+            });
+            let keys = listed.collect::<Vec<_>>().join(", ");
+            Err(usage(format!("\"{}\" could be any of {keys}; give one of these names instead", shown(name))))
         }
     }
+}
+
+/// Whether an id is one that engines make up (64 hexadecimal digits), which people shorten.
+fn is_made_up(id: &str) -> bool {
+    id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
 }

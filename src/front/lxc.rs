@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::{Apply, Call, ContainerFiles, Place};
+use super::{Apply, Call, ContainerFiles, Place, gateways};
 use crate::error::{shown, usage};
 use crate::instance::{ContainerId, Door};
 use crate::policy::Policy;
@@ -104,6 +104,7 @@ impl Environment {
         request.extend(arguments)?;
         request.extend(found.wishes)?;
         request.extend(policy.defaults.iter().cloned())?;
+        gateways::add(&mut request, &container, &[], containers.initial_user_namespace);
         let pid = match self.pid.as_deref().map(str::parse::<u32>) {
             Some(Ok(pid)) if pid > 0 => pid,
             Some(_) => return Err(usage(format!("LXC_PID is \"{}\"", shown(&self.pid.unwrap_or_default())))),

@@ -2,6 +2,7 @@
 
 pub mod bundle;
 pub mod command;
+mod gateways;
 pub mod lxc;
 pub mod oci;
 

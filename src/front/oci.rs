@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::parent_id;
 
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -10,16 +11,19 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::bundle::Bundle;
-use super::{Apply, Call, ContainerFiles, Place};
+use super::{Apply, Call, ContainerFiles, Place, gateways};
 use crate::deadline::Deadline;
 use crate::error::usage;
-use crate::instance::{ContainerId, Door};
+use crate::instance::{ContainerId, Door, netns_inode};
 use crate::policy::Policy;
 use crate::policy::container_file::Name;
 use crate::request::{Request, What, Wish, annotations};
 
 /// The most of standard input that is kept. Engines write some kilobytes.
 const STATE_MAX: usize = 1024 * 1024;
+
+/// Where CRI-O and containerd write the id of a container's pod.
+const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri-o.SandboxID", "io.kubernetes.cri.sandbox-id"];
 
 /// Reads standard input to its end, whatever is in it: a hook that exits before the runtime has written everything
 /// makes the runtime's write fail, and with it the container's start. What goes beyond [`STATE_MAX`] is read and dropped.
@@ -94,12 +98,17 @@ impl Checked {
         &self.container.id
     }
 
+    /// Whether it is a poststop hook's.
+    pub fn has_stopped(&self) -> bool {
+        *self.state.status() == ContainerState::Stopped
+    }
+
     /// Turns the state and the hook's arguments into a call. `arguments` are the wishes of the hook's entry.
     pub fn into_call(self, arguments: Vec<Wish>, policy: &Policy, containers: &ContainerFiles) -> Result<Call> {
-        let Self { state, container } = self;
-        if *state.status() == ContainerState::Stopped {
-            return Ok(Call::Release(container));
+        if self.has_stopped() {
+            return Ok(Call::Release(self.container));
         }
+        let Self { state, container } = self;
         let annotations = state.annotations().as_ref();
         let pairs = annotations.into_iter().flatten().map(|(key, value)| (key.as_str(), value.as_str()));
         let mut request = Request::default();
@@ -130,6 +139,9 @@ impl Checked {
                 notes: found.notes,
             })));
         }
+        // What Kubernetes calls a pod is CNI's container.
+        let pod = POD_ANNOTATIONS.iter().filter_map(|key| Some(annotations?.get(*key)?.as_str()));
+        gateways::add(&mut request, &container, &pod.collect::<Vec<_>>(), containers.initial_user_namespace);
         let bundle = Bundle::read(state.bundle())?;
         request.extend(bundle.wishes())?;
         let place = place(&state, &bundle)?;
@@ -141,23 +153,27 @@ impl Checked {
 /// Where the container's network namespace is. At createContainer the state's pid is 0 or counted inside the
 /// container, where 1 is the container's init and, seen from outside, the host's.
 fn place(state: &State, bundle: &Bundle) -> Result<Place> {
-    if is_inside_container()? {
-        if bundle.has_user_namespace() {
-            bail!(
-                "a createContainer hook has no rights outside the container's user namespace; use createRuntime or prestart"
-            );
-        }
-        if !bundle.has_netns() {
-            bail!(
-                "the container uses the host's network, and a createContainer hook cannot tell it from its own; use createRuntime"
-            );
-        }
-        return Ok(Place::Inside(parent()));
+    let is_inside = is_inside_container()?;
+    // In the host's pid namespace, the container's init is our parent there, and the runtime's nowhere else.
+    let runs_us = |pid: i32| pid == 0 || u32::try_from(pid) == Ok(parent_id());
+    let is_run_by_init = is_inside || state.pid().is_some_and(runs_us);
+    if is_run_by_init && bundle.has_user_namespace() {
+        bail!(
+            "a createContainer hook has no rights outside the container's user namespace; use createRuntime or prestart"
+        );
+    }
+    if is_inside && (!bundle.has_netns() || is_in_runtimes_netns() == Some(true)) {
+        bail!(
+            "the container uses the host's network, and a createContainer hook cannot tell it from its own; use createRuntime"
+        );
+    }
+    if is_inside || is_run_by_init && bundle.has_netns() && is_in_runtimes_netns() == Some(false) {
+        return Ok(Place::Inside(parent_of("self")));
     }
     match state.pid() {
         Some(pid) if *pid > 0 => Ok(Place::Process(u32::try_from(*pid)?)),
         Some(0) => Err(usage(
-            "the state's pid is 0; is the hook at a stage other than prestart, createRuntime, createContainer or poststart?",
+            "the state's pid is 0; is the hook at a stage other than prestart, createRuntime, createContainer or poststart, or at createContainer of a container on the host's network (use createRuntime there)?",
         )),
         Some(pid) => Err(usage(format!("the state's pid is {pid}"))),
         None => Err(usage("the state has no pid")),
@@ -172,9 +188,16 @@ fn is_inside_container() -> Result<bool> {
     Ok(seen.as_os_str() != own.as_str())
 }
 
-/// Our parent's pid as the host sees it: the container's init, which runs createContainer hooks.
-fn parent() -> Option<u32> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// Whether we are in the network namespace that the runtime is in: it is the parent of the container's init, which runs
+/// createContainer hooks. A bundle can lead the container there by a path. None if that cannot be told.
+fn is_in_runtimes_netns() -> Option<bool> {
+    let runtime = parent_of(&parent_of("self")?.to_string())?;
+    Some(netns_inode(&format!("/proc/{runtime}/ns/net"))? == netns_inode("/proc/self/ns/net")?)
+}
+
+/// The pid of a process's parent as `/proc` has it; of our own it is the container's init at createContainer.
+fn parent_of(process: &str) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
     line.trim().parse().ok().filter(|pid| *pid > 0)
 }

@@ -14,7 +14,8 @@ use nix::errno::Errno;
 
 use super::netlink::KernelError;
 use super::{
-    Address, Change, ENDPOINTS_MAX, Endpoint, Facts, Kernel, Kind, Limits, Link, RouteState, Routing, Seen, SeenSetting,
+    Address, Change, ENDPOINTS_MAX, Endpoint, Facts, Kernel, Kind, Limits, Link, RouteState, Routing, Seen,
+    SeenSetting, TableRoute,
 };
 use crate::request::LIMIT_MAX;
 use crate::request::flags::{EndpointFlags, IFF_HANDOVER, IFF_MPBACKUP, IFF_NOMULTIPATH};
@@ -71,7 +72,7 @@ pub struct Netns {
     pub default_route_links: Vec<u32>,
     /// The interfaces without any usable route.
     pub no_route: BTreeSet<u32>,
-    /// Its routing tables and rules.
+    /// Its routing tables and rules; of tables only those that nothing else here names.
     pub routing: Routing,
     /// The sysctls that it owns.
     pub sysctls: BTreeMap<SettingKey, String>,
@@ -425,7 +426,9 @@ impl FakeHost {
     pub fn ioctl_up(&self, inode: u64, index: u32) {
         self.netns(inode, |netns| {
             for link in netns.links.iter_mut().filter(|link| link.index == index) {
-                link.flags = (link.flags | libc::IFF_UP as u32) & 0xffff;
+                // The carrier is the kernel's own.
+                let carrier = link.flags & libc::IFF_LOWER_UP as u32;
+                link.flags = (link.flags | libc::IFF_UP as u32) & 0xffff | carrier;
             }
         });
     }
@@ -651,6 +654,17 @@ impl Machine {
 }
 
 impl FakeKernel {
+    /// These settings from here and from the host's namespace.
+    fn see_all(&self, machine: &Machine, keys: &[SettingKey]) -> BTreeMap<SettingKey, SeenSetting> {
+        let see = |key: &SettingKey| {
+            let is_sysctl = key.sysctl_path().is_some();
+            let target = if is_sysctl { machine.see(self.inode, key) } else { Seen::Absent };
+            let host = if machine.host_reachable || !is_sysctl { machine.see(HOME, key) } else { Seen::Absent };
+            SeenSetting { target, host }
+        };
+        keys.iter().map(|key| (key.clone(), see(key))).collect()
+    }
+
     /// What the kernel makes of a change when nothing goes wrong.
     fn change(&self, change: &Change) -> Result<()> {
         let kind = self.host.0.borrow().kind;
@@ -672,7 +686,7 @@ impl FakeKernel {
             (Change::SetEndpointFlags(e), Kind::Upstream) => {
                 self.host.0.borrow_mut().set_endpoint_flags(self.inode, e.id, e.flags)
             }
-            (Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_), _) => {
+            (Change::AddRoute(..) | Change::DeleteRoute(..) | Change::AddRule(_) | Change::DeleteRule(_), _) => {
                 self.host.netns(self.inode, |netns| change_routing(&mut netns.routing, change))
             }
             (other, _) => bail!("this kernel kind has nothing to do {other} with"),
@@ -722,11 +736,15 @@ impl FakeKernel {
                 bail!("the limits were set to {wanted:?} and read back as {:?}", netns.limits)
             }
             Change::Limits(_) => Ok(()),
-            Change::AddRoute(new) if !netns.routing.routes.contains(new) => bail!("the route {new} is not there"),
-            Change::DeleteRoute(old) if netns.routing.routes.contains(old) => bail!("the route {old} is there"),
+            Change::AddRoute(new, by) if !netns.routing.routes.contains(new) => {
+                bail!("the route {} is not there", new.by(by))
+            }
+            Change::DeleteRoute(old, by) if netns.routing.routes.contains(old) => {
+                bail!("the route {} is there", old.by(by))
+            }
             Change::AddRule(new) if !netns.routing.rules.contains(new) => bail!("the {new} is not there"),
             Change::DeleteRule(old) if netns.routing.rules.contains(old) => bail!("the {old} is there"),
-            Change::AddRoute(_) | Change::DeleteRoute(_) | Change::AddRule(_) | Change::DeleteRule(_) => Ok(()),
+            Change::AddRoute(..) | Change::DeleteRoute(..) | Change::AddRule(_) | Change::DeleteRule(_) => Ok(()),
         }
     }
 }
@@ -736,21 +754,19 @@ impl Kernel for FakeKernel {
         Ok(self.facts(&[])?.default_route_links)
     }
 
+    fn settings(&mut self, keys: &[SettingKey]) -> Result<BTreeMap<SettingKey, SeenSetting>> {
+        Ok(self.see_all(&self.host.0.borrow(), keys))
+    }
+
     fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts> {
         let machine = self.host.0.borrow();
         let always: &[&str] = match machine.kind {
             Kind::MptcpOrg => &["mptcp_enabled", "mptcp_path_manager", "mptcp_scheduler"],
             _ => &["enabled", "path_manager", "pm_type"],
         };
-        let keys = keys.iter().cloned().chain(always.iter().map(|name| key(&format!("net/mptcp/{name}"))));
-        let settings: BTreeMap<SettingKey, SeenSetting> = keys
-            .map(|key| {
-                let is_sysctl = key.sysctl_path().is_some();
-                let target = if is_sysctl { machine.see(self.inode, &key) } else { Seen::Absent };
-                let host = if machine.host_reachable || !is_sysctl { machine.see(HOME, &key) } else { Seen::Absent };
-                (key, SeenSetting { target, host })
-            })
-            .collect();
+        let keys: Vec<SettingKey> =
+            keys.iter().cloned().chain(always.iter().map(|name| key(&format!("net/mptcp/{name}")))).collect();
+        let settings = self.see_all(&machine, &keys);
         let netns = &machine.state.namespaces[&self.inode];
         let control_asked = settings.keys().any(|k| k.sysctl_path() == Some("net/ipv4/tcp_congestion_control"));
         let controls = if control_asked { vec!["reno".into(), "cubic".into()] } else { Vec::new() };
@@ -768,6 +784,7 @@ impl Kernel for FakeKernel {
             settings,
             congestion_controls: controls,
             routes: BTreeMap::new(),
+            elsewhere: BTreeSet::new(),
             routing: None,
         })
     }
@@ -812,7 +829,10 @@ impl Kernel for FakeKernel {
     }
 
     fn routing(&mut self) -> Result<Routing> {
-        Ok(self.host.netns(self.inode, |netns| netns.routing.clone()))
+        let mut routing = self.host.netns(self.inode, |netns| netns.routing.clone());
+        routing.tables.extend(routing.routes.iter().map(|route| route.table));
+        routing.tables.extend(routing.rules.iter().map(|rule| rule.table));
+        Ok(routing)
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
@@ -826,20 +846,31 @@ impl Kernel for FakeKernel {
         });
         Ok(if missing { RouteState::Missing } else { RouteState::Ok })
     }
+
+    fn leaves_elsewhere(&mut self, address: IpAddr, index: u32) -> Result<bool> {
+        Ok(self.route(address, index)? == RouteState::Missing)
+    }
 }
 
 fn change_routing(routing: &mut Routing, change: &Change) -> Result<()> {
     let is_there = match change {
-        Change::AddRoute(route) | Change::DeleteRoute(route) => routing.routes.contains(route),
+        // Whatever its next hop, a table has one route to a destination.
+        Change::AddRoute(route, _) => {
+            let same = |other: &TableRoute| {
+                (other.table, other.destination, other.prefix) == (route.table, route.destination, route.prefix)
+            };
+            routing.routes.iter().any(same)
+        }
+        Change::DeleteRoute(route, _) => routing.routes.contains(route),
         Change::AddRule(rule) | Change::DeleteRule(rule) => routing.rules.contains(rule),
         _ => false,
     };
     match change {
-        Change::AddRoute(_) | Change::AddRule(_) if is_there => bail!("it is there already (EEXIST)"),
-        Change::DeleteRoute(_) | Change::DeleteRule(_) if !is_there => bail!("it is not there (ENOENT)"),
-        Change::AddRoute(route) => routing.routes.push(route.clone()),
+        Change::AddRoute(..) | Change::AddRule(_) if is_there => bail!("it is there already (EEXIST)"),
+        Change::DeleteRoute(..) | Change::DeleteRule(_) if !is_there => bail!("it is not there (ENOENT)"),
+        Change::AddRoute(route, _) => routing.routes.push(route.clone()),
         Change::AddRule(rule) => routing.rules.push(rule.clone()),
-        Change::DeleteRoute(route) => routing.routes.retain(|other| other != route),
+        Change::DeleteRoute(route, _) => routing.routes.retain(|other| other != route),
         Change::DeleteRule(rule) => routing.rules.retain(|other| other != rule),
         _ => {}
     }

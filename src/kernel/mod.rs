@@ -12,7 +12,7 @@ mod routing;
 pub mod sysctl;
 pub mod upstream;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::Result;
@@ -24,7 +24,8 @@ pub use netlink::routing::{Rule, TableRoute};
 
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
-use netlink::route::{Route, RouteAnswer};
+use netlink::route::Route;
+use netlink::ways::RouteAnswer;
 use netns::{Visit, in_initial_user_namespace};
 
 /// The most endpoints that a namespace can have (`MPTCP_PM_ADDR_MAX`), and addresses per family on mptcp.org kernels.
@@ -67,12 +68,56 @@ impl Kind {
     }
 }
 
-/// The running kernel's release, for messages.
+/// The running kernel: its release (`uname -r`) and, where that does not tell it, the version that Debian made it of.
 pub fn release() -> String {
     match nix::sys::utsname::uname() {
-        Ok(names) => names.release().to_string_lossy().into_owned(),
+        Ok(names) => with_version(&names.release().to_string_lossy(), &names.version().to_string_lossy()),
         Err(_) => "unknown".into(),
     }
+}
+
+/// What stands between a release and Debian's version of it.
+const DEBIAN: &str = ", Debian ";
+
+/// Debian's releases are names of interfaces (6.1.0-56-amd64), and the version is in `uname -v`
+/// (`#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-24)`).
+fn with_version(release: &str, built: &str) -> String {
+    let version = built.split_once(" Debian ").and_then(|(_, rest)| rest.split(' ').next());
+    match version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit())) {
+        Some(version) => format!("{release}{DEBIAN}{version}"),
+        None => release.into(),
+    }
+}
+
+/// The name of the kernel in what [`release`] gives, as files are named by it.
+pub fn release_name(release: &str) -> &str {
+    release.split_once(DEBIAN).map_or(release, |(name, _)| name)
+}
+
+/// The first three numbers of the version in what [`release`] gives; 0 where there are fewer.
+pub fn version(release: &str) -> (u32, u32, u32) {
+    let version = release.split_once(DEBIAN).map_or(release, |(_, version)| version);
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
+/// What is missing on a kernel of [`Kind::None`], and what to do about it.
+pub fn without_mptcp() -> String {
+    format!(
+        "this kernel (Linux {}) has no MPTCP: neither /proc/sys/net/mptcp/enabled nor /proc/net/mptcp_net is there; {GET_MPTCP}",
+        release()
+    )
+}
+
+/// What to do about a kernel without MPTCP.
+pub const GET_MPTCP: &str =
+    "boot one that has it: Linux 5.7 or later built with CONFIG_MPTCP=y (Debian 12 or later), or multipath-tcp.org's";
+
+/// Whether what [`release`] gives is at least this version of Linux.
+pub fn is_at_least(release: &str, wanted: (u32, u32)) -> bool {
+    let (major, minor, _) = version(release);
+    (major, minor) >= wanted
 }
 
 /// A setting's file, seen from one network namespace.
@@ -113,7 +158,7 @@ pub struct SeenSetting {
 pub struct Facts {
     /// Which MPTCP it has.
     pub kind: Kind,
-    /// Its release, as `uname -r` prints it.
+    /// What [`release`] says of it.
     pub release: String,
     /// Whether we are in the initial user namespace, where host-wide values are ours to change.
     pub initial_user_namespace: bool,
@@ -137,6 +182,8 @@ pub struct Facts {
     pub congestion_controls: Vec<String>,
     /// The ways out of usable addresses that have no endpoint yet, if the plan needs them.
     pub routes: BTreeMap<(IpAddr, u32), RouteState>,
+    /// The addresses whose packets leave by another interface where no socket is bound to theirs, if the plan needs them.
+    pub elsewhere: BTreeSet<(IpAddr, u32)>,
     /// The routing tables and rules, if the plan needs them.
     pub routing: Option<Routing>,
 }
@@ -144,7 +191,9 @@ pub struct Facts {
 /// The routing tables and rules of a namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
-    /// The routes of all tables.
+    /// The tables that any route or rule names, whatever it is like.
+    pub tables: BTreeSet<u32>,
+    /// The unicast routes of all tables.
     pub routes: Vec<TableRoute>,
     /// The rules that have no conditions but ours.
     pub rules: Vec<Rule>,
@@ -166,9 +215,15 @@ impl Facts {
             default_route_links: Vec::new(),
             congestion_controls: sysctl::congestion_controls(&settings),
             routes: BTreeMap::new(),
+            elsewhere: BTreeSet::new(),
             routing: None,
             settings,
         })
+    }
+
+    /// Whether an address has an endpoint; one with a port of its own is another one.
+    pub fn has_endpoint(&self, address: IpAddr) -> bool {
+        self.endpoints.iter().any(|endpoint| endpoint.address == address && endpoint.port.is_none())
     }
 
     /// The interface of that name.
@@ -196,10 +251,10 @@ pub enum Change {
         /// The host's value, which must not change with it.
         host: Option<String>,
     },
-    /// Add a route to a table of ours.
-    AddRoute(TableRoute),
-    /// Delete a route of ours.
-    DeleteRoute(TableRoute),
+    /// Add a route to a table of ours, by the interface of this name.
+    AddRoute(TableRoute, String),
+    /// Delete a route of ours, by the interface of this name.
+    DeleteRoute(TableRoute, String),
     /// Add a rule that leads to a table of ours.
     AddRule(Rule),
     /// Delete a rule of ours.
@@ -232,8 +287,8 @@ impl std::fmt::Display for Change {
         match self {
             Self::HostSetting { key, value } => write!(f, "write {key} = {value} (the whole host's)"),
             Self::NetnsSysctl { key, value, .. } => write!(f, "write {key} = {value}"),
-            Self::AddRoute(route) => write!(f, "add the route {route}"),
-            Self::DeleteRoute(route) => write!(f, "delete the route {route}"),
+            Self::AddRoute(route, by) => write!(f, "add the route {}", route.by(by)),
+            Self::DeleteRoute(route, by) => write!(f, "delete the route {}", route.by(by)),
             Self::AddRule(rule) => write!(f, "add the {rule}"),
             Self::DeleteRule(rule) => write!(f, "delete the {rule}"),
             Self::Limits(limits) => {
@@ -292,6 +347,9 @@ pub trait Kernel {
     /// Reads what the plan needs; `keys` are the settings that were asked for.
     fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts>;
 
+    /// Reads these settings alone.
+    fn settings(&mut self, keys: &[SettingKey]) -> Result<BTreeMap<SettingKey, SeenSetting>>;
+
     /// Makes one change.
     fn perform(&mut self, change: &Change) -> Result<()>;
 
@@ -309,6 +367,10 @@ pub trait Kernel {
 
     /// Looks up the route of packets from `address` out of the interface `index`.
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState>;
+
+    /// Whether packets from `address` leave by another interface than `index`, or not at all, where nobody binds them to
+    /// it: answers of a listening socket, and what a strict `rp_filter` asks about.
+    fn leaves_elsewhere(&mut self, address: IpAddr, index: u32) -> Result<bool>;
 }
 
 /// The kernel as seen from the namespace of `visit`. None if it has no MPTCP.
@@ -321,4 +383,25 @@ pub fn open(mut visit: Visit, deadline: Deadline) -> Result<Option<(Kind, Box<dy
         Kind::None => None,
     };
     Ok(kernel.map(|kernel| (kind, kernel)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debian_says_its_versions_elsewhere() {
+        let all = [
+            ("6.1.0-56-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-24)", (6, 1, 192)),
+            ("5.10.0-42-amd64", "#1 SMP Debian 5.10.262-1 (2026-10-01)", (5, 10, 262)),
+            ("6.12.95+deb13-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.12.117-1 (2026-11-02)", (6, 12, 117)),
+            ("6.18.44-fc-v669", "#1 SMP PREEMPT_DYNAMIC @0", (6, 18, 44)),
+            ("5.4.188", "#1 SMP Debian package by somebody", (5, 4, 188)),
+            ("7.0", "", (7, 0, 0)),
+        ];
+        for (name, built, numbers) in all {
+            let release = with_version(name, built);
+            assert_eq!((release_name(&release), version(&release)), (name, numbers), "{release}");
+        }
+    }
 }

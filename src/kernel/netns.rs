@@ -37,6 +37,21 @@ impl NetnsId {
     }
 }
 
+impl NetnsId {
+    /// Whether this is the namespace at `path`. The cookie tells it from a later one with the same inode number; where the
+    /// caller may not go in and come back, the number has to do.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let Ok(namespace) = Namespace::open(path) else { return false };
+        if namespace.inode != self.inode || self.cookie.is_none() {
+            return namespace.inode == self.inode;
+        }
+        match Visit::to(namespace, None) {
+            Ok(mut visit) if visit.host_reachable() => visit.id().map_or(true, |id| id == *self),
+            _ => true,
+        }
+    }
+}
+
 /// An open network namespace. It stays alive as long as this does.
 pub struct Namespace {
     file: File,

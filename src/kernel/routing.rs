@@ -1,25 +1,38 @@
 //! Routes and rules, which both kinds of kernels have alike: read, changed, read back.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::netlink::route::Route;
-use super::{Change, Routing, Rule};
+use super::{Change, Routing, Rule, TableRoute};
 
 /// Reads the tables and rules.
 pub fn read(route: &mut Route) -> Result<Routing> {
-    Ok(Routing { routes: route.table_routes()?, rules: route.rules()? })
+    let (entries, rules) = (route.entries()?, route.rules()?);
+    let tables = entries.iter().map(|entry| entry.table).chain(rules.iter().map(|(table, _)| *table)).collect();
+    let routes = entries.iter().flat_map(TableRoute::of).collect();
+    Ok(Routing { tables, routes, rules: rules.into_iter().filter_map(|(_, rule)| rule).collect() })
 }
 
 /// Makes a change of routes or rules; false if it is another one.
 pub fn perform(route: &mut Route, change: &Change) -> Result<bool> {
-    match change {
-        Change::AddRoute(new) => route.add_route(new)?,
-        Change::DeleteRoute(old) => route.delete_route(old)?,
-        Change::AddRule(new) => route.add_rule(new)?,
-        Change::DeleteRule(old) => route.delete_rule(old)?,
+    let done = match change {
+        Change::AddRoute(new, _) => route.add_route(new),
+        Change::DeleteRoute(old, _) => route.delete_route(old),
+        Change::AddRule(new) => route.add_rule(new),
+        Change::DeleteRule(old) => route.delete_rule(old),
         _ => return Ok(false),
-    }
+    };
+    done.with_context(|| format!("cannot {change}"))?;
     Ok(true)
+}
+
+/// The opposite of a change of a route, by the same name.
+fn reverse(change: &Change) -> Change {
+    match change {
+        Change::AddRoute(route, by) => Change::DeleteRoute(route.clone(), by.clone()),
+        Change::DeleteRoute(route, by) => Change::AddRoute(route.clone(), by.clone()),
+        other => other.clone(),
+    }
 }
 
 /// Whether a rule is there as it was asked for. Before Linux 4.17 the kernel does not keep who made it.
@@ -31,22 +44,22 @@ fn same(asked: &Rule, seen: &Rule) -> bool {
 pub fn confirm(route: &mut Route, changes: &[&Change]) -> Result<()> {
     let is_ours = |change: &&&Change| {
         use Change::{AddRoute, AddRule, DeleteRoute, DeleteRule};
-        matches!(change, AddRoute(_) | DeleteRoute(_) | AddRule(_) | DeleteRule(_))
+        matches!(change, AddRoute(..) | DeleteRoute(..) | AddRule(_) | DeleteRule(_))
     };
     let changes: Vec<&&Change> = changes.iter().filter(is_ours).collect();
     if changes.is_empty() {
         return Ok(());
     }
-    let Routing { routes, rules } = read(route)?;
+    let Routing { routes, rules, .. } = read(route)?;
     // What was deleted and added again is what was asked for.
     for (position, change) in changes.iter().enumerate() {
         let later = &changes[position + 1..];
         match change {
-            Change::AddRoute(new) if !routes.contains(new) && !later.contains(&&&Change::DeleteRoute(new.clone())) => {
-                bail!("the route {new} was added and is not there")
+            Change::AddRoute(new, by) if !routes.contains(new) && !later.contains(&&&reverse(change)) => {
+                bail!("the route {} was added and is not there", new.by(by))
             }
-            Change::DeleteRoute(old) if routes.contains(old) && !later.contains(&&&Change::AddRoute(old.clone())) => {
-                bail!("the route {old} was deleted and is still there")
+            Change::DeleteRoute(old, by) if routes.contains(old) && !later.contains(&&&reverse(change)) => {
+                bail!("the route {} was deleted and is still there", old.by(by))
             }
             Change::AddRule(new) if !rules.iter().any(|rule| same(new, rule)) => {
                 bail!("the {new} was added and is not there")

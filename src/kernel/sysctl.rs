@@ -20,7 +20,8 @@ pub fn read_text(path: &str) -> Option<String> {
     read(Path::new(path)).ok()
 }
 
-fn read(path: &Path) -> io::Result<String> {
+/// The same, with the reason why it cannot be read.
+pub fn read(path: &Path) -> io::Result<String> {
     read_value(open(path)?)
 }
 

@@ -1,15 +1,16 @@
 //! Upstream Linux: endpoints and limits by generic netlink `mptcp_pm`, everything per network namespace.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 
 use super::netlink::mptcp_pm::PathManager;
 use super::netlink::route::Route;
 use super::netlink::{self};
 use super::netns::{Visit, in_initial_user_namespace};
-use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, Routing, SeenSetting, routing, sysctl};
+use super::{Change, Endpoint, Facts, Kernel, Kind, RouteState, Routing, SeenSetting, is_at_least, routing, sysctl};
 use crate::deadline::Deadline;
 use crate::request::flags::EndpointFlags;
 use crate::request::setting::SettingKey;
@@ -24,8 +25,7 @@ pub struct Upstream {
 impl Upstream {
     /// Opens the sockets; the thread is inside already.
     pub fn open(visit: Visit, deadline: Deadline) -> Result<Self> {
-        let path_manager = PathManager::open(deadline)?
-            .context("the kernel has net.mptcp.enabled but no generic netlink family mptcp_pm")?;
+        let path_manager = PathManager::open(deadline)?.with_context(|| no_path_manager(&super::release()))?;
         Ok(Self { visit, path_manager, route: Route::open(deadline)? })
     }
 }
@@ -47,7 +47,7 @@ impl Upstream {
 
 impl Kernel for Upstream {
     fn facts(&mut self, keys: &[SettingKey]) -> Result<Facts> {
-        let mut settings = sysctl::look_around(&mut self.visit, keys)?;
+        let mut settings = self.settings(keys)?;
         // What decides whether MPTCP works is the namespace's own; the host's does not matter.
         for key in ["enabled", "path_manager", "pm_type"].into_iter().filter_map(|key| SettingKey::sysctl(key).ok()) {
             let look = || SeenSetting { target: sysctl::look(&key), ..SeenSetting::default() };
@@ -55,6 +55,10 @@ impl Kernel for Upstream {
         }
         let facts = Facts::read(Kind::Upstream, &self.visit, &mut self.route, settings)?;
         Ok(Facts { endpoints: self.path_manager.endpoints()?, limits: Some(self.path_manager.limits()?), ..facts })
+    }
+
+    fn settings(&mut self, keys: &[SettingKey]) -> Result<BTreeMap<SettingKey, SeenSetting>> {
+        sysctl::look_around(&mut self.visit, keys)
     }
 
     fn perform(&mut self, change: &Change) -> Result<()> {
@@ -122,6 +126,10 @@ impl Kernel for Upstream {
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
         Ok(self.route.usable_route(address, index)?.into())
     }
+
+    fn leaves_elsewhere(&mut self, address: IpAddr, index: u32) -> Result<bool> {
+        self.route.leaves_elsewhere(address, index)
+    }
 }
 
 fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {
@@ -129,7 +137,10 @@ fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {
         bail!("the kernel accepted the endpoint {} and does not list it", wanted.address);
     };
     if found.flags != wanted.flags || found.ifindex != wanted.ifindex {
-        let show = |e: &Endpoint| format!("{} dev index {}", EndpointFlags(e.flags).names().join(","), e.ifindex);
+        let show = |e: &Endpoint| {
+            let names = EndpointFlags(e.flags).names().join(",");
+            format!("{} dev index {}", if names.is_empty() { "no flag" } else { &names }, e.ifindex)
+        };
         bail!(
             "the kernel accepted the endpoint {} as {} and lists it as {}; this kernel ({}) may not know a flag",
             wanted.address,
@@ -142,21 +153,38 @@ fn confirm_endpoint(endpoints: &[Endpoint], wanted: &Endpoint) -> Result<()> {
 }
 
 fn explain(error: anyhow::Error) -> anyhow::Error {
-    let hint = match netlink::errno(&error) {
-        Some(Errno::EPERM) if !in_initial_user_namespace() => {
-            "before Linux 6.1 the kernel allows this in the initial user namespace alone: use a rootful hook"
+    match what_to_do(&error, &super::release(), in_initial_user_namespace()) {
+        Some(advice) => anyhow!("{error:#}: {advice}"),
+        None => error,
+    }
+}
+
+/// What to do when the path manager refuses a change.
+fn what_to_do(error: &anyhow::Error, release: &str, initial_user_namespace: bool) -> Option<String> {
+    Some(match netlink::errno(error)? {
+        // GENL_ADMIN_PERM became GENL_UNS_ADMIN_PERM.
+        Errno::EPERM if !initial_user_namespace && !is_at_least(release, (6, 1)) => format!(
+            "this kernel (Linux {release}) lets only the initial user namespace change endpoints and limits, and this is another one (a rootless container's); run Linux 6.1 or later, or run the engine as root"
+        ),
+        Errno::EPERM if !initial_user_namespace => {
+            "CAP_NET_ADMIN is needed in the user namespace that owns the container's network namespace".into()
         }
-        Some(Errno::EPERM) => "CAP_NET_ADMIN is needed: run as root",
-        Some(Errno::EOPNOTSUPP) => "this kernel has no such command",
-        _ => return error,
-    };
-    error.context(hint)
+        Errno::EPERM => "CAP_NET_ADMIN is needed: run as root".into(),
+        Errno::EOPNOTSUPP => format!("this kernel (Linux {release}) has no such command"),
+        _ => return None,
+    })
+}
+
+/// Linux 5.6 has MPTCP without a path manager: one path, whatever is asked for.
+fn no_path_manager(release: &str) -> String {
+    format!(
+        "this kernel (Linux {release}) has MPTCP but no path manager (generic netlink mptcp_pm), so that connections have one path; run Linux 5.7 or later"
+    )
 }
 
 /// What older kernels do not do about `backup`; mended in 6.11 and stable backports, of which 6.1.192 is one.
 pub fn backup_bug(release: &str, flags: EndpointFlags) -> Option<&'static str> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
-    let (major, minor, patch) = (numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0));
+    let (major, minor, patch) = super::version(release);
     if (major, minor) >= (6, 11) || (major, minor) == (6, 1) && patch >= 192 {
         None
     } else if (major, minor) <= (6, 5) && flags.contains(EndpointFlags::SIGNAL) {
@@ -173,13 +201,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_refusal_says_which_kernel_is_needed() {
+        let refused =
+            |errno| anyhow::Error::from(netlink::KernelError { errno, message: None }).context("cannot add it");
+        let advice = |errno, release, initial| what_to_do(&refused(errno), release, initial).unwrap_or_default();
+        let old = advice(Errno::EPERM, "5.15.0-91-generic", false);
+        assert!(old.contains("Linux 5.15.0-91-generic") && old.contains("Linux 6.1 or later"), "{old}");
+        assert!(advice(Errno::EPERM, "6.1.0-37-amd64", false).starts_with("CAP_NET_ADMIN is needed in the user"));
+        assert!(advice(Errno::EPERM, "5.15.0", true).ends_with("run as root"));
+        assert!(advice(Errno::EOPNOTSUPP, "5.10.0", true).contains("Linux 5.10.0"));
+        assert_eq!(what_to_do(&refused(Errno::EEXIST), "6.1.0", true), None);
+        assert_eq!(what_to_do(&anyhow!("no answer"), "6.1.0", true), None);
+        let said = format!("{:#}", explain(refused(Errno::EOPNOTSUPP)));
+        assert!(said.starts_with("cannot add it: ") && said.ends_with("has no such command"), "{said}");
+    }
+
+    #[test]
     fn kernels_that_do_not_keep_to_backup_are_known() {
         let backup = EndpointFlags::SUBFLOW.union(EndpointFlags::BACKUP);
         let signal = EndpointFlags::SIGNAL.union(EndpointFlags::BACKUP);
-        for mended in ["6.11.0", "6.12.1-amd64", "7.0.0-rc1", "6.1.192-1", "6.18.44-fc-v669"] {
+        for mended in ["6.11.0", "6.12.1-amd64", "7.0.0-rc1", "6.1.0-56-amd64, Debian 6.1.192-2", "6.18.44-fc-v669"] {
             assert_eq!(backup_bug(mended, backup), None, "{mended}");
         }
-        for old in ["6.1.0-37-amd64", "6.10.14", "5.10.0", "6.6.3"] {
+        for old in ["6.1.0-37-amd64", "6.1.0-37-amd64, Debian 6.1.140-1", "6.10.14", "5.10.0", "6.6.3"] {
             assert!(backup_bug(old, backup).is_some_and(|bug| bug.contains("ignore its own")), "{old}");
         }
         assert!(backup_bug("6.5.1", signal).is_some_and(|bug| bug.contains("signal")));

@@ -3,19 +3,21 @@
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::plain;
 use crate::kernel::netns::in_initial_user_namespace;
 
-/// No file of ours is near this.
-const READ_MAX: u64 = 1024 * 1024;
+/// The largest file of ours, in bytes. What is larger is not written: it could not be read again.
+const SIZE_MAX: u64 = 1024 * 1024;
 
 /// The mode bits that open a file to others.
 const OTHERS: u32 = 0o077;
@@ -24,7 +26,7 @@ const OTHERS: u32 = 0o077;
 const OTHERS_WRITE: u32 = 0o022;
 
 /// How a file of [`super::record::VERSION`] begins.
-const THIS_VERSION: &[u8] = b"{\"version\":1,";
+const THIS_VERSION: &str = "{\"version\":1,";
 
 /// The prefix of a file that is being written. A crash leaves it behind; it is never read.
 pub const TEMPORARY: &str = ".tmp-";
@@ -70,7 +72,11 @@ impl Fault {
 /// Writes `value` to `path`: to a temporary file beside it, renamed. /run is memory, so nothing is synced to disk.
 pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let text = serde_json::to_vec(value)?;
-    write_bytes(path, &text).with_context(|| format!("cannot write {}", path.display()))
+    let attempt = || format!("cannot write {}", path.display());
+    if text.len() as u64 > SIZE_MAX {
+        bail!("{}: {} bytes are more than the {SIZE_MAX} that a file of the ledger may have", attempt(), text.len());
+    }
+    write_bytes(path, &text).with_context(attempt)
 }
 
 fn write_bytes(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -113,52 +119,95 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 
 /// Reads a file to show what it says, whoever may have written it, and what is wrong with it.
 pub fn read_to_show<T: DeserializeOwned>(path: &Path) -> (Option<T>, Option<anyhow::Error>) {
-    match read_unless(OTHERS, path) {
+    to_show(me(), || open(path), || path.into())
+}
+
+fn to_show<T: DeserializeOwned>(
+    me: u32,
+    open: impl Fn() -> io::Result<File>,
+    path: impl Fn() -> PathBuf,
+) -> (Option<T>, Option<anyhow::Error>) {
+    match parse_file(open(), &path, |metadata| not_ours(metadata, OTHERS, me)) {
         Ok(content) => (content, None),
-        Err(error) if matches!(error.downcast_ref(), Some(Fault::NotOurs(_))) => match parse_file(path, |_| None) {
-            Ok(content) => (content, Some(error)),
-            Err(worse) => (None, Some(worse)),
-        },
+        Err(error) if matches!(error.downcast_ref(), Some(Fault::NotOurs(_))) => {
+            match parse_file(open(), path, |_| None) {
+                Ok(content) => (content, Some(error)),
+                Err(worse) => (None, Some(worse)),
+            }
+        }
         Err(error) => (None, Some(error)),
     }
 }
 
-/// Reads a file unless it belongs to somebody else or its mode has one of the bits `open`.
-fn read_unless<T: DeserializeOwned>(open: u32, path: &Path) -> Result<Option<T>> {
-    parse_file(path, |metadata| not_ours(metadata, open))
+/// Reads a file unless it belongs to somebody else or its mode has one of the bits `others`.
+fn read_unless<T: DeserializeOwned>(others: u32, path: &Path) -> Result<Option<T>> {
+    parse_file(open(path), || path.into(), |metadata| not_ours(metadata, others, me()))
 }
 
-/// Opens a file of the ledger for reading. Nothing that lies in its place leads elsewhere or makes the caller wait.
+/// Nothing that lies in a file's place leads elsewhere or makes the caller wait.
+const CAREFULLY: i32 = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+
+/// Opens a file of the ledger for reading.
 pub fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
+    OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path)
 }
 
-fn parse_file<T: DeserializeOwned>(path: &Path, wrong: impl Fn(&Metadata) -> Option<String>) -> Result<Option<T>> {
-    let attempt = || format!("cannot read the ledger's file {}", path.display());
-    let mut file = match open(path) {
+/// A directory in which thousands of files are opened: the kernel does not look for their directory each time, and is asked
+/// once who we are.
+pub struct Directory {
+    file: File,
+    path: PathBuf,
+    me: u32,
+}
+
+impl Directory {
+    /// Opens it; None if it is not there.
+    pub fn open(path: &Path) -> Result<Option<Self>> {
+        match OpenOptions::new().read(true).custom_flags(CAREFULLY | libc::O_DIRECTORY).open(path) {
+            Ok(file) => Ok(Some(Self { file, path: path.into(), me: me() })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot open {}", path.display())),
+        }
+    }
+
+    /// As the function of that name.
+    pub fn read_to_show<T: DeserializeOwned>(&self, name: &str) -> (Option<T>, Option<anyhow::Error>) {
+        let flags = OFlag::from_bits_retain(CAREFULLY) | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
+        to_show(self.me, || Ok(openat(&self.file, name, flags, Mode::empty())?.into()), || self.path.join(name))
+    }
+}
+
+fn parse_file<T: DeserializeOwned>(
+    opened: io::Result<File>,
+    path: impl Fn() -> PathBuf,
+    wrong: impl Fn(&Metadata) -> Option<String>,
+) -> Result<Option<T>> {
+    let attempt = || format!("cannot read the ledger's file {}", path().display());
+    let mut file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(path, error)),
+        Err(error) if is_of_another_kind(&error) => return Err(Fault::damaged(&path(), error)),
         Err(error) => return Err(error).with_context(attempt),
     };
     let metadata = file.metadata().with_context(attempt)?;
     if !metadata.is_file() {
-        return Err(Fault::damaged(path, "it is not a plain file"));
+        return Err(Fault::damaged(&path(), "it is not a plain file"));
     }
     if let Some(wrong) = wrong(&metadata) {
         return Err(
-            Fault::NotOurs(format!("the ledger's file {} {wrong}; run mptcp-hook repair", path.display())).into()
+            Fault::NotOurs(format!("the ledger's file {} {wrong}; run mptcp-hook repair", path().display())).into()
         );
     }
     // It is never written in place, so that this is its length: one read.
-    let mut text = vec![0; metadata.len().min(READ_MAX) as usize];
+    let mut text = vec![0; metadata.len().min(SIZE_MAX) as usize];
     match file.read_exact(&mut text) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Fault::damaged(path, error)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Fault::damaged(&path(), error)),
         other => other.with_context(attempt)?,
     }
+    let text = std::str::from_utf8(&text).map_err(|e| Fault::damaged(&path(), e))?;
     // Nearly always; a field that stands twice is an error below.
     if text.starts_with(THIS_VERSION) {
-        return serde_json::from_slice(&text).map(Some).map_err(|e| Fault::damaged(path, e));
+        return serde_json::from_str(text).map(Some).map_err(|e| Fault::damaged(&path(), e));
     }
     // Look at the version first: a newer file may have any form.
     #[derive(serde::Deserialize)]
@@ -166,8 +215,9 @@ fn parse_file<T: DeserializeOwned>(path: &Path, wrong: impl Fn(&Metadata) -> Opt
         version: Option<u32>,
     }
     let known = super::record::VERSION;
-    match serde_json::from_slice(&text) {
+    match serde_json::from_str(text) {
         Ok(Version { version: Some(version) }) if version > known => {
+            let path = path();
             let path = path.display();
             let text = format!(
                 "the ledger's file {path} has version {version} and this program knows {known}; use the newer mptcp-hook"
@@ -175,11 +225,14 @@ fn parse_file<T: DeserializeOwned>(path: &Path, wrong: impl Fn(&Metadata) -> Opt
             return Err(Fault::Newer(text).into());
         }
         Ok(Version { version: Some(version) }) if version < known => {
-            return Err(Fault::damaged(path, format_args!("it has version {version}; {known} is the oldest there is")));
+            return Err(Fault::damaged(
+                &path(),
+                format_args!("it has version {version}; {known} is the oldest there is"),
+            ));
         }
         _ => {}
     }
-    serde_json::from_slice(&text).map(Some).map_err(|e| Fault::damaged(path, e))
+    serde_json::from_str(text).map(Some).map_err(|e| Fault::damaged(&path(), e))
 }
 
 /// A link, a directory, a socket: no plain file of ours.
@@ -274,13 +327,16 @@ pub fn move_aside(state: &Path, path: &Path) -> Result<String> {
 
 /// What is wrong with a file's owner or mode.
 pub fn wrong_owner(metadata: &Metadata) -> Option<String> {
-    not_ours(metadata, OTHERS)
+    not_ours(metadata, OTHERS, me())
+}
+
+/// Who we are. In a user namespace that was entered meanwhile, both we and the files have other numbers.
+fn me() -> u32 {
+    nix::unistd::geteuid().as_raw()
 }
 
 /// What is wrong with a file's owner, or with its mode if that has one of the bits `open`.
-fn not_ours(metadata: &Metadata, open: u32) -> Option<String> {
-    // Asked each time: in a user namespace that was entered meanwhile, both have other numbers.
-    let me = nix::unistd::geteuid().as_raw();
+fn not_ours(metadata: &Metadata, open: u32, me: u32) -> Option<String> {
     if metadata.uid() != me {
         return Some(format!("belongs to uid {} and not to uid {me}", metadata.uid()));
     }
@@ -292,11 +348,11 @@ fn not_ours(metadata: &Metadata, open: u32) -> Option<String> {
 pub fn take_back(path: &Path) -> Result<()> {
     let attempt = || format!("cannot take {} back", path.display());
     let metadata = std::fs::symlink_metadata(path).with_context(attempt)?;
-    if metadata.uid() == nix::unistd::geteuid().as_raw() {
+    if metadata.uid() == me() {
         let mode = if metadata.is_dir() { 0o700 } else { 0o600 };
         return std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).with_context(attempt);
     }
-    if !metadata.is_file() || metadata.len() > READ_MAX {
+    if !metadata.is_file() || metadata.len() > SIZE_MAX {
         bail!("{}: chown it", attempt());
     }
     std::fs::read(path).and_then(|bytes| write_bytes(path, &bytes)).with_context(attempt)
@@ -376,12 +432,21 @@ pub fn check_state_directory(path: &Path) -> Result<bool> {
     Ok(true)
 }
 
+/// Whether the last line of a file is whole: a disk that was full may have cut it short.
+pub fn ends_with_line(file: &File) -> io::Result<bool> {
+    let Some(last) = file.metadata()?.len().checked_sub(1) else { return Ok(true) };
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, last)?;
+    Ok(byte == *b"\n")
+}
+
 /// Opens a file to append to, for its owner alone.
 pub fn open_to_append(path: &Path) -> Result<File> {
     #[cfg(test)]
     crate::kernel::fake::kill_point();
     let attempt = || format!("cannot open {}", path.display());
     let file = OpenOptions::new()
+        .read(true)
         .append(true)
         .create(true)
         .mode(0o600)
@@ -401,6 +466,6 @@ mod tests {
     #[test]
     fn files_begin_with_their_version() {
         let text = format!("{{\"version\":{},", super::super::record::VERSION);
-        assert_eq!(text.as_bytes(), THIS_VERSION);
+        assert_eq!(text, THIS_VERSION);
     }
 }

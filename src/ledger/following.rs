@@ -2,19 +2,27 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::fcntl::Flock;
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::{Ledger, files, lock};
 use crate::instance::Process;
 use crate::kernel::netns::{NetnsId, in_initial_user_namespace, own_user_namespace};
 
-/// The form of the agent's file.
+/// The form of the agent's file and of the list's.
 const VERSION: u32 = super::record::VERSION;
+
+/// The name of the agent's files in the initial user namespace: it can look into all others of its user's.
+const AGENT: &str = "agent";
+
+/// What others are told of the holder of an agent's lock.
+const HOLDER: &str = "the agent";
 
 /// Whether a container is followed, or why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +45,16 @@ pub struct AgentProcess {
     pub start_time: u64,
 }
 
+/// What the list says of a container.
+#[derive(Debug, Serialize, Deserialize)]
+struct Listed {
+    version: u32,
+    /// The name of the agent in the user namespace of the hook, which can look into the container.
+    agent: String,
+    /// The process that follows this container alone.
+    process: Option<AgentProcess>,
+}
+
 /// The lock that makes an agent the only one: for all containers, or for one that only a process inside its namespaces
 /// can follow. It goes to a forked child with the open file.
 pub struct AgentLock {
@@ -54,9 +72,12 @@ impl AsFd for AgentLock {
 }
 
 impl AgentLock {
-    /// Leaves the lock to a child that was forked: dropping it here would unlock it there, too.
-    pub fn leave_to_child(self) {
+    /// Leaves the lock to a child that was forked: it ends with the last descriptor. To drop it would be to unlock it in
+    /// the child, too, and to keep it would be to hold it beyond the child's end.
+    pub fn leave_to_child(self) -> Result<()> {
+        let descriptor = self.file.as_raw_fd();
         std::mem::forget(self.file);
+        nix::unistd::close(descriptor).with_context(|| format!("cannot leave the lock {} to the agent", self.name))
     }
 }
 
@@ -67,9 +88,15 @@ impl Ledger {
         if !directory.exists() {
             files::make_directory(&directory)?;
         }
-        // Closing it after writing is what the agent is woken by, also where it is there already.
-        drop(files::open_to_append(&directory.join(container))?);
-        Ok(())
+        let path = directory.join(container);
+        let agent = agent_name();
+        if self.listed(container).is_none_or(|listed| listed.agent != agent) {
+            return files::write(&path, &Listed { version: VERSION, agent, process: None });
+        }
+        // It is there already: what wakes the agent is its closing after writing, or its time.
+        let file = files::open_to_append(&path)?;
+        futimens(&file, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW)
+            .with_context(|| format!("cannot touch {}", path.display()))
     }
 
     /// Has the agent leave a container alone.
@@ -80,6 +107,29 @@ impl Ledger {
     /// The containers that the agent shall follow.
     pub fn followed(&self) -> Result<Vec<String>> {
         files::names(&self.follow_directory())
+    }
+
+    /// Whether a container is among them.
+    pub fn is_followed(&self, container: &str) -> bool {
+        self.follow_directory().join(container).exists()
+    }
+
+    /// Those of them that an agent in our user namespace can look into.
+    pub fn followed_from_here(&self) -> Result<Vec<String>> {
+        let list = self.followed()?.into_iter();
+        Ok(list.filter(|container| self.is_followed_from_here(container)).collect())
+    }
+
+    /// Whether an agent in our user namespace can look into the container. A user's engines have one each, and see
+    /// nothing of each other's.
+    pub fn is_followed_from_here(&self, container: &str) -> bool {
+        let own = agent_name();
+        own == AGENT || self.listed(container).is_none_or(|listed| listed.agent == own)
+    }
+
+    fn listed(&self, container: &str) -> Option<Listed> {
+        // What cannot be read is written anew by the next hook, and until then everybody's.
+        files::read(&self.follow_directory().join(container)).ok()?
     }
 
     /// Where they are listed. The agent watches it, and so does the unit that starts the agent under systemd.
@@ -99,44 +149,89 @@ impl Ledger {
 
     /// The lock of the agent for all containers, or for one; None if another one runs.
     pub fn try_agent_lock(&self, container: Option<&str>) -> Result<Option<AgentLock>> {
-        let name = container.map_or_else(agent_name, |container| format!("agent:{container}"));
-        let file = lock::try_take(&self.directory.join("locks").join(&name), "the agent")?;
+        let file = lock::try_take(&self.agent_lock_file(container), HOLDER)?;
+        let name = lock_name(container);
         Ok(file.map(|file| AgentLock { file, name, container: container.map(String::from) }))
+    }
+
+    /// The lock of the agent for all containers, after the end of whoever has it.
+    pub fn wait_for_agent_lock(&self) -> Result<AgentLock> {
+        let file = lock::wait_for(&self.agent_lock_file(None), HOLDER)?;
+        Ok(AgentLock { file, name: lock_name(None), container: None })
+    }
+
+    /// The file of that lock.
+    pub fn agent_lock_file(&self, container: Option<&str>) -> PathBuf {
+        self.directory.join("locks").join(lock_name(container))
     }
 
     /// Says which process follows. Only the lock's holder may.
     pub fn announce_agent(&self, lock: &AgentLock) -> Result<()> {
         let (pid, process) = Process::own()?;
-        files::write(&self.agent_file(lock), &AgentProcess { version: VERSION, pid, start_time: process.start_time })
+        let process = AgentProcess { version: VERSION, pid, start_time: process.start_time };
+        let Some(container) = &lock.container else { return files::write(&self.directory.join(&lock.name), &process) };
+        let agent = self.listed(container).map_or_else(agent_name, |listed| listed.agent);
+        let listed = Listed { version: VERSION, agent, process: Some(process) };
+        files::write(&self.follow_directory().join(container), &listed)
     }
 
     /// Takes that back. The lock of the agent for one container is not needed again.
     pub fn forget_agent(&self, lock: &AgentLock) -> Result<()> {
         match &lock.container {
-            None => files::remove(&self.agent_file(lock)),
+            None => files::remove(&self.directory.join(&lock.name)),
             Some(_) => files::remove(&self.directory.join("locks").join(&lock.name)),
         }
     }
 
     /// The agent for all containers, if one runs.
     pub fn agent(&self) -> Option<AgentProcess> {
-        read_process(&self.directory.join(agent_name()))
+        self.living_agent(&agent_name())
+    }
+
+    fn living_agent(&self, name: &str) -> Option<AgentProcess> {
+        let agent: AgentProcess = files::read(&self.directory.join(name)).ok()??;
+        agent.is_alive().then_some(agent)
     }
 
     /// The containers that are followed, by whichever process.
     pub fn followers(&self) -> Result<HashSet<String>> {
-        let agents = files::names(&self.directory)?.into_iter().filter(|name| is_agent_name(name));
-        let for_all = agents.map(|name| self.directory.join(name)).any(|file| read_process(&file).is_some());
-        let directory = self.follow_directory();
-        let names = self.followed()?.into_iter();
-        Ok(names.filter(|name| for_all || read_process(&directory.join(name)).is_some()).collect())
+        let agents = self.living_agents()?;
+        Ok(self.followed()?.into_iter().filter(|container| self.has_follower(container, &agents)).collect())
     }
 
-    fn agent_file(&self, lock: &AgentLock) -> PathBuf {
-        match &lock.container {
-            None => self.directory.join(&lock.name),
-            Some(container) => self.follow_directory().join(container),
+    /// Whether a container that is listed is followed, by whichever process.
+    pub fn has_any_follower(&self, container: &str) -> Result<bool> {
+        Ok(self.has_follower(container, &self.living_agents()?))
+    }
+
+    /// Whether the agent in another user namespace, the container's engine's, follows it.
+    pub fn has_agent_of_its_engine(&self, container: &str) -> bool {
+        let agent = self.listed(container).map(|listed| listed.agent).filter(|agent| *agent != agent_name());
+        agent.is_some_and(|agent| self.living_agent(&agent).is_some())
+    }
+
+    /// The names of the agents that run.
+    fn living_agents(&self) -> Result<HashSet<String>> {
+        let agents = files::names(&self.directory)?.into_iter().filter(|name| is_agent_name(name));
+        Ok(agents.filter(|name| self.living_agent(name).is_some()).collect())
+    }
+
+    fn has_follower(&self, container: &str, agents: &HashSet<String>) -> bool {
+        if agents.contains(AGENT) {
+            return true;
         }
+        match self.listed(container) {
+            Some(Listed { agent, process, .. }) => {
+                agents.contains(&agent) || process.is_some_and(|process| process.is_alive())
+            }
+            None => !agents.is_empty(),
+        }
+    }
+}
+
+impl AgentProcess {
+    fn is_alive(&self) -> bool {
+        Process::lives(self.pid, self.start_time)
     }
 }
 
@@ -145,19 +240,17 @@ impl Ledger {
 fn agent_name() -> String {
     match own_user_namespace() {
         Some(inode) if !in_initial_user_namespace() => format!("agent.{inode}"),
-        _ => "agent".into(),
+        _ => AGENT.into(),
     }
+}
+
+/// The name of the lock of the agent for all containers, or for one.
+fn lock_name(container: Option<&str>) -> String {
+    container.map_or_else(agent_name, |container| format!("agent:{container}"))
 }
 
 /// Whether a file in the state directory is an agent's.
 pub fn is_agent_name(name: &str) -> bool {
     let inode = name.strip_prefix("agent.");
-    name == "agent" || inode.is_some_and(|inode| inode.bytes().all(|byte| byte.is_ascii_digit()))
-}
-
-/// The process that a file names, if it is alive.
-fn read_process(file: &Path) -> Option<AgentProcess> {
-    let agent: AgentProcess = files::read(file).ok()??;
-    let process = Process::read(agent.pid).ok()?;
-    (process.alive && process.start_time == agent.start_time).then_some(agent)
+    name == AGENT || inode.is_some_and(|inode| inode.bytes().all(|byte| byte.is_ascii_digit()))
 }

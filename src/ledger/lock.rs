@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::deadline::Deadline;
+use crate::error::beginning;
 
 /// The first pause after a lock was found busy; a hook that holds one needs about as long.
 const FIRST_PAUSE: Duration = Duration::from_micros(300);
@@ -24,14 +25,14 @@ pub struct Locks(Vec<(PathBuf, Flock<File>)>);
 
 impl Locks {
     /// Takes all locks `names` in `directory` or none: nothing is held while another container is waited for, so that
-    /// two hooks can never wait for each other. `holder` is what others are told while we hold them. At the deadline
-    /// `give_up` sees those that are held, to discard what nobody else will.
+    /// two hooks can never wait for each other. `holder` is what others are told while we hold them. At the deadline, and
+    /// where one cannot be taken at all, `give_up` sees those that are held, to discard what nobody else will.
     pub fn take(
         directory: &Path,
         names: &[String],
         holder: &str,
         deadline: Deadline,
-        give_up: impl FnOnce(&Self),
+        give_up: impl Fn(&Self),
     ) -> Result<Self> {
         let mut paths: Vec<PathBuf> = names.iter().map(|name| directory.join(name)).collect();
         let mut pause = FIRST_PAUSE;
@@ -39,18 +40,28 @@ impl Locks {
             let mut held = Self(Vec::with_capacity(paths.len()));
             let mut busy = None;
             for (position, path) in paths.iter().enumerate() {
-                match try_take(path, holder)? {
-                    Some(lock) => held.0.push((path.clone(), lock)),
-                    None => {
+                match try_take(path, holder) {
+                    Ok(Some(lock)) => held.0.push((path.clone(), lock)),
+                    Ok(None) => {
                         busy = Some(position);
                         break;
+                    }
+                    Err(error) => {
+                        // Perhaps for want of descriptors, and to give up takes one.
+                        let last = held.0.pop().map(|(path, _)| path);
+                        give_up(&held);
+                        drop(held);
+                        if let Some((path, Ok(Some(lock)))) = last.map(|path| (path.clone(), try_take(&path, holder))) {
+                            give_up(&Self(vec![(path, lock)]));
+                        }
+                        return Err(error);
                     }
                 }
             }
             let Some(position) = busy else { return Ok(held) };
             if deadline.over() {
                 for path in &paths[position + 1..] {
-                    held.0.extend(try_take(path, holder)?.map(|lock| (path.clone(), lock)));
+                    held.0.extend(try_take(path, holder).ok().flatten().map(|lock| (path.clone(), lock)));
                 }
                 give_up(&held);
                 bail!(
@@ -83,6 +94,16 @@ impl Locks {
 
 /// Takes one lock if it is free.
 pub fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
+    take_one(path, holder, FlockArg::LockExclusiveNonblock)
+}
+
+/// Takes one lock, and sleeps until it is free.
+pub fn wait_for(path: &Path, holder: &str) -> Result<Flock<File>> {
+    let lock = take_one(path, holder, FlockArg::LockExclusive)?;
+    lock.with_context(|| format!("the lock {} is busy", path.display()))
+}
+
+fn take_one(path: &Path, holder: &str, how: FlockArg) -> Result<Option<Flock<File>>> {
     loop {
         // 0600: whoever can open a file for reading can lock it for ever.
         let file = OpenOptions::new()
@@ -94,7 +115,7 @@ pub fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .with_context(|| format!("cannot open the lock {}", path.display()))?;
-        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        let lock = match Flock::lock(file, how) {
             Ok(lock) => lock,
             Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
             Err((_, errno)) => return Err(errno).with_context(|| format!("cannot lock {}", path.display())),
@@ -104,21 +125,10 @@ pub fn try_take(path: &Path, holder: &str) -> Result<Option<Flock<File>>> {
             continue;
         }
         let mut line = format!("{holder} (pid {})", std::process::id());
-        line.truncate(line.floor_char_boundary_at(HOLDER_MAX));
+        line.truncate(beginning(&line, HOLDER_MAX).len());
         // Only for messages: a failure (a full disk) must not keep us from the lock.
         let _ = lock.write_at(format!("{line:HOLDER_MAX$}").as_bytes(), 0);
         return Ok(Some(lock));
-    }
-}
-
-/// `str::floor_char_boundary` is newer than the oldest Rust that we build with.
-trait FloorCharBoundary {
-    fn floor_char_boundary_at(&self, index: usize) -> usize;
-}
-
-impl FloorCharBoundary for str {
-    fn floor_char_boundary_at(&self, index: usize) -> usize {
-        (0..=index.min(self.len())).rev().find(|&i| self.is_char_boundary(i)).unwrap_or(0)
     }
 }
 

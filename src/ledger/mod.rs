@@ -8,7 +8,7 @@
 //! settings/SETTING/intent            a write that is under way
 //! conflicts                          a line per conflict
 //! failures                           a line per hook that failed
-//! follow/KEY                         whom the agent shall follow (empty, or which process does it for this one alone)
+//! follow/KEY                         whom which agent shall follow, and the process that does it for this one alone
 //! agent, agent.USERNS                which process the agent is; in another user namespace: its inode
 //! damaged/                           what `repair` moved out of the way
 //! locks/{agent,agent.USERNS,agent:KEY,container:KEY,netns:NETNS,setting:SETTING}
@@ -23,7 +23,7 @@ pub mod parallel;
 pub mod record;
 pub mod setting;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -32,6 +32,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::deadline::Deadline;
+use crate::error::shortened;
 use crate::kernel::netns::NetnsId;
 use crate::request::setting::SettingKey;
 pub use files::Fault;
@@ -42,6 +43,13 @@ use record::{Conflict, Failure, Record};
 
 /// When a history is larger than this, in bytes, it becomes the old one and the one before is dropped.
 const HISTORY_MAX: u64 = 256 * 1024;
+
+/// What one file of a history is read of, in bytes: more than one hook's lines on top of [`HISTORY_MAX`].
+const HISTORY_READ_MAX: u64 = 4 * 1024 * 1024;
+
+/// The longest value and the longest reason in a line of the history, in bytes. A value may have thousands.
+const HISTORY_VALUE_MAX: usize = 256;
+const HISTORY_REASON_MAX: usize = 1024;
 
 /// How long a hook waits for another one that moves a history away.
 const HISTORY_PATIENCE: Duration = Duration::from_secs(1);
@@ -131,10 +139,10 @@ impl Ledger {
         names.dedup();
         Locks::take(&self.directory.join("locks"), &names, container, deadline, |held| {
             // A container that never gets to start: nobody will release it.
-            if matches!(self.record(container), Ok(None)) {
+            if !self.has_record(container) {
                 let _ = held.discard(&format!("container:{container}"));
-                if let Some(id) = netns.filter(|id| self.members(id).is_ok_and(|members| members.is_empty())) {
-                    let _ = held.discard(&format!("netns:{}", id.file_name()));
+                if let Some(id) = netns {
+                    let _ = self.discard_netns_lock(held, id);
                 }
                 let _ = self.discard_setting_locks(held, settings);
             }
@@ -149,7 +157,8 @@ impl Ledger {
 
     /// Forgets the lock of a namespace if nobody is in it.
     pub fn discard_netns_lock(&self, locks: &Locks, netns: &NetnsId) -> Result<()> {
-        if self.members(netns)?.is_empty() {
+        // An empty list is removed; to look that there is none takes no descriptor, of which there may be none left.
+        if !self.members_directory(netns).exists() || self.members(netns)?.is_empty() {
             locks.discard(&format!("netns:{}", netns.file_name()))?;
         }
         Ok(())
@@ -161,6 +170,11 @@ impl Ledger {
             locks.discard(&format!("setting:{}", setting::directory_name(key)))?;
         }
         Ok(())
+    }
+
+    /// Whether there is a record of a container, whatever it says.
+    pub fn has_record(&self, container: &str) -> bool {
+        self.record_path(container).exists()
     }
 
     /// The record of a container.
@@ -177,11 +191,21 @@ impl Ledger {
     }
 
     /// All records to be shown, whoever may have written them, and what is wrong with them.
-    pub fn records_to_show(&self) -> Result<(Vec<Record>, Vec<anyhow::Error>)> {
-        let directory = self.directory.join("containers");
-        let read = |name: String| files::read_to_show(&directory.join(name));
-        let (records, errors): (Vec<_>, Vec<_>) = parallel::map(files::names(&directory)?, read).into_iter().unzip();
-        Ok((records.into_iter().flatten().collect(), errors.into_iter().flatten().collect()))
+    pub fn records_to_show(&self) -> Result<(Vec<Box<Record>>, Vec<anyhow::Error>)> {
+        let path = self.directory.join("containers");
+        let Some(directory) = files::Directory::open(&path)? else { return Ok(Default::default()) };
+        let told = parallel::map(files::names(&path)?, |name| {
+            let (mut record, error): (Option<Box<Record>>, _) = directory.read_to_show(&name);
+            // At once, for the next one to use.
+            record.iter_mut().for_each(|record| record.shrink());
+            (record, error)
+        });
+        let (mut records, mut errors) = (Vec::with_capacity(told.len()), Vec::new());
+        for (record, error) in told {
+            records.extend(record);
+            errors.extend(error);
+        }
+        Ok((records, errors))
     }
 
     /// Writes a record and enters it into its namespace's list.
@@ -201,7 +225,7 @@ impl Ledger {
 
     /// Takes a container off a namespace's list.
     pub fn leave_namespace(&self, container: &str, netns: &NetnsId) -> Result<()> {
-        let members = self.directory.join("namespaces").join(netns.file_name());
+        let members = self.members_directory(netns);
         files::remove(&members.join(container))?;
         // Fails as long as others are in it, which is right.
         let _ = std::fs::remove_dir(&members);
@@ -210,7 +234,7 @@ impl Ledger {
 
     /// The keys of the containers in a namespace.
     pub fn members(&self, netns: &NetnsId) -> Result<Vec<String>> {
-        files::names(&self.directory.join("namespaces").join(netns.file_name()))
+        files::names(&self.members_directory(netns))
     }
 
     /// The records of the others in a namespace, those of the living and those of the dead.
@@ -273,7 +297,7 @@ impl Ledger {
 
     /// Enters a record into its namespace's list.
     pub fn enter_namespace(&self, record: &Record) -> Result<()> {
-        let members = self.directory.join("namespaces").join(record.instance.netns.file_name());
+        let members = self.members_directory(&record.instance.netns);
         let member = members.join(record.instance.container.key());
         if !member.exists() {
             files::make_directory(&members)?;
@@ -406,12 +430,21 @@ impl Ledger {
         if conflicts.is_empty() {
             return Ok(());
         }
-        self.append("conflicts", conflicts)
+        let short = |conflict: &Conflict| Conflict {
+            wanted: shortened(&conflict.wanted, HISTORY_VALUE_MAX),
+            kept: shortened(&conflict.kept, HISTORY_VALUE_MAX),
+            reason: shortened(&conflict.reason, HISTORY_REASON_MAX),
+            ..conflict.clone()
+        };
+        self.append("conflicts", &conflicts.iter().map(short).collect::<Vec<_>>())
     }
 
     /// Appends a failure to the history, which is bounded like the conflicts'.
     pub fn record_failure(&self, failure: &Failure) -> Result<()> {
-        self.append("failures", std::slice::from_ref(failure))
+        self.append(
+            "failures",
+            &[Failure { reason: shortened(&failure.reason, HISTORY_REASON_MAX), ..failure.clone() }],
+        )
     }
 
     fn append<T: Serialize>(&self, name: &str, items: &[T]) -> Result<()> {
@@ -438,8 +471,13 @@ impl Ledger {
                 lines.splice(0..0, serde_json::to_vec(&dropped)?.into_iter().chain(*b"\n"));
             }
         }
+        let mut file = files::open_to_append(&path)?;
+        let attempt = || format!("cannot write {}", path.display());
+        if !files::ends_with_line(&file).with_context(attempt)? {
+            lines.insert(0, b'\n');
+        }
         // One write in append mode: lines of several hooks do not mix.
-        files::open_to_append(&path)?.write_all(&lines).with_context(|| format!("cannot write {}", path.display()))
+        file.write_all(&lines).with_context(attempt)
     }
 
     /// The history of conflicts, oldest first. Lines that a full disk cut short are passed over.
@@ -484,11 +522,11 @@ fn read_history<T: DeserializeOwned>(path: &Path) -> Result<History<T>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(history),
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     };
-    for line in BufReader::new(file).lines() {
+    for line in BufReader::new(file.take(HISTORY_READ_MAX)).split(b'\n') {
         let line = line.with_context(|| format!("cannot read {}", path.display()))?;
-        match serde_json::from_str(&line) {
+        match serde_json::from_slice(&line) {
             Ok(Dropped { dropped }) => history.dropped = dropped,
-            Err(_) => history.items.extend(serde_json::from_str::<T>(&line)),
+            Err(_) => history.items.extend(serde_json::from_slice::<T>(&line)),
         }
     }
     Ok(history)
@@ -499,7 +537,7 @@ fn look(path: &Path, expected: Expected) -> (bool, Option<Oddity>) {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return (false, None) };
     let belongs = match expected {
         Expected::Directory => metadata.is_dir(),
-        Expected::File => !metadata.is_dir(),
+        Expected::File => metadata.is_file(),
         Expected::Anything => true,
         Expected::Nothing => false,
     };
@@ -536,8 +574,44 @@ pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Nanoseconds since 1970: the order of claims and of a namespace's members.
-pub fn nanoseconds() -> u64 {
+/// Nanoseconds since 1970, and later than the newest of those who were there before, whoever set the clock back since:
+/// the order of claims and of a namespace's members.
+pub fn nanoseconds_after(newest: u64) -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+    let now = since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    now.max(newest.saturating_add(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::record::ConflictOutcome;
+    use super::*;
+
+    /// A container may have hundreds of wishes with the longest values, and be refused again and again.
+    #[test]
+    fn the_history_stays_small_however_much_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().canonicalize().unwrap().join("state");
+        let ledger = Ledger::create(&state).unwrap();
+        let conflict = |n: usize| Conflict {
+            time: 1,
+            container: format!("c{n}"),
+            key: "net.ipv4.tcp_ecn".into(),
+            wanted: "ä".repeat(2000),
+            kept: "1".into(),
+            holders: Vec::new(),
+            outcome: ConflictOutcome::Refused,
+            reason: "ö".repeat(3000),
+        };
+        let most: Vec<Conflict> = (0..256).map(conflict).collect();
+        for _ in 0..6 {
+            ledger.record_conflicts(&most).unwrap();
+        }
+        let size = |name: &str| std::fs::metadata(state.join(name)).unwrap().len();
+        assert!(size("conflicts") + size("conflicts.old") < 2 * 1024 * 1024);
+        let history = ledger.conflicts().unwrap();
+        assert_eq!(history.items.len() + history.dropped, 6 * 256);
+        let last = history.items.last().unwrap();
+        assert_eq!((last.container.as_str(), last.wanted.len(), last.reason.chars().last()), ("c255", 259, Some('…')));
+    }
 }

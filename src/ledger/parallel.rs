@@ -18,17 +18,20 @@ pub fn map<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec
     }
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let threads = processors.min(items.len() / PORTION).min(THREADS_MAX);
-    let source = Mutex::new(items.into_iter().enumerate());
+    let count = items.len();
+    let source = Mutex::new((0, items.into_iter()));
     let run = || {
         let mut done = Vec::new();
         loop {
             let mut source = source.lock().unwrap_or_else(PoisonError::into_inner);
-            let portion: Vec<(usize, T)> = source.by_ref().take(PORTION).collect();
+            let portion: Vec<T> = source.1.by_ref().take(PORTION).collect();
+            let place = source.0;
+            source.0 += 1;
             drop(source);
             if portion.is_empty() {
                 return done;
             }
-            done.extend(portion.into_iter().map(|(place, item)| (place, work(item))));
+            done.push((place, portion.into_iter().map(&work).collect::<Vec<R>>()));
         }
     };
     let mut done = thread::scope(|scope| {
@@ -41,7 +44,9 @@ pub fn map<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec
         done
     });
     done.sort_unstable_by_key(|(place, _)| *place);
-    done.into_iter().map(|(_, result)| result).collect()
+    let mut results = Vec::with_capacity(count);
+    done.into_iter().for_each(|(_, portion)| results.extend(portion));
+    results
 }
 
 #[cfg(test)]

@@ -34,6 +34,9 @@ pub struct Record {
     pub interfaces: Vec<Interface>,
     /// Endpoints of ours that are being deleted.
     pub leaving: Vec<OwnedEndpoint>,
+    /// Tables of ours that are being emptied.
+    #[serde(default)]
+    pub leaving_tables: BTreeSet<u32>,
     /// The limits, if they are ours to care about.
     pub limits: Option<OwnedLimits>,
     /// The settings asked for.
@@ -43,7 +46,7 @@ pub struct Record {
     /// How many of the warnings, from the first on, do not depend on interfaces, addresses and routes.
     #[serde(default)]
     pub lasting_warnings: usize,
-    /// Whether something may still come or change: what `follow = auto` goes by.
+    /// Whether an interface or address may still come or change: what `follow = auto` goes by, beside ways out.
     #[serde(default)]
     pub unsettled: bool,
     /// When it was written, in nanoseconds since 1970: the order of a namespace's members.
@@ -51,10 +54,21 @@ pub struct Record {
 }
 
 impl Record {
-    /// This record and, while a hook is at work on it, the one before: the kernel may be as either of them says.
+    /// This record and, while a hook is at work on it, the ones before, the newest first: the kernel may be as any of them
+    /// says.
     pub fn versions(&self) -> impl Iterator<Item = &Self> {
-        let before = self.at_work.as_ref().and_then(|work| work.before.as_deref());
-        std::iter::once(self).chain(before)
+        let earlier = self.at_work.iter().flat_map(|work| work.killed.iter().chain(work.before.as_deref()));
+        std::iter::once(self).chain(earlier)
+    }
+
+    /// Whether the same things are ours by both.
+    pub fn owns_the_same(&self, other: &Self) -> bool {
+        let interfaces = |record: &Self| -> Vec<_> {
+            let owned = |i: &Interface| (i.endpoints.clone(), i.link.clone(), i.routing.clone());
+            record.interfaces.iter().map(owned).collect()
+        };
+        let rest = |record: &Self| (record.leaving.clone(), record.leaving_tables.clone(), record.limits);
+        interfaces(self) == interfaces(other) && rest(self) == rest(other) && self.settings == other.settings
     }
 
     /// Its endpoints, those included that are being deleted, in all versions.
@@ -76,18 +90,56 @@ impl Record {
         self.settings.iter().filter(|owned| owned.scope == Scope::Netns && owned.claimed)
     }
 
-    /// Whether an interface has a way out of its own, in any version.
-    pub fn has_routing(&self) -> bool {
-        self.versions().flat_map(|version| &version.interfaces).any(|interface| interface.routing.is_some())
+    /// The same of all versions, each setting once, as the newest version that relies on it has it.
+    pub fn all_netns_claims(&self) -> impl Iterator<Item = &OwnedSetting> {
+        let mut seen = BTreeSet::new();
+        self.versions()
+            .flat_map(|version| version.settings.iter().rev())
+            .filter(move |owned| owned.scope == Scope::Netns && owned.claimed && seen.insert(&owned.key))
     }
 
-    /// Whether the agent has to follow it.
+    /// The interface flags that are ours in any version, each interface once, as the newest version has it, with the
+    /// interface's name.
+    pub fn all_links(&self) -> impl Iterator<Item = (&str, &OwnedLink)> {
+        let mut seen = BTreeSet::new();
+        let interfaces = self.versions().flat_map(|version| version.interfaces.iter().rev());
+        let links = interfaces.filter_map(|interface| Some((&*interface.name, interface.link.as_ref()?)));
+        links.filter(move |(_, link)| seen.insert(link.index))
+    }
+
+    /// The tables that are ours, those included that are being emptied, in all versions.
+    pub fn tables(&self) -> BTreeSet<u32> {
+        let of = |version: &Self| {
+            let routing = version.interfaces.iter().filter_map(|interface| interface.routing.as_ref());
+            routing.map(|owned| owned.table).chain(version.leaving_tables.iter().copied()).collect::<Vec<_>>()
+        };
+        self.versions().flat_map(of).collect()
+    }
+
+    /// Whether an interface has a way out of its own, in any version.
+    pub fn has_routing(&self) -> bool {
+        !self.tables().is_empty()
+    }
+
+    /// Whether the agent has to follow it. The kernel drops a way out with its link, for good, whatever else is settled;
+    /// without a process nobody can do anything about it.
     pub fn needs_agent(&self) -> bool {
         match self.request.follow() {
             Follow::Always => true,
-            Follow::Auto => self.unsettled,
+            Follow::Auto => self.unsettled || self.has_routing() && self.instance.pid.is_some(),
             Follow::Never => false,
         }
+    }
+
+    /// Gives back the memory that reading has set aside for more.
+    pub fn shrink(&mut self) {
+        for interface in &mut self.interfaces {
+            interface.flags.shrink_to_fit();
+            interface.endpoints.shrink_to_fit();
+        }
+        self.interfaces.shrink_to_fit();
+        self.settings.shrink_to_fit();
+        self.request.shrink();
     }
 
     /// Whether only the time differs.
@@ -103,11 +155,14 @@ pub struct Writer {
     pub pid: u32,
     /// Its start time, in clock ticks since boot.
     pub start_time: u64,
-    /// Whether it is the agent, which changes nothing but endpoints, limits and interface flags.
+    /// Whether it is the agent, which changes nothing but endpoints, limits, interface flags and ways out.
     #[serde(default)]
     pub follows: bool,
     /// What was in force before it began. Its originals are the new record's, too.
     pub before: Option<Box<Record>>,
+    /// What hooks were about since then that were killed themselves, the newest first: something of it may be in force.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub killed: Vec<Record>,
 }
 
 /// How far an interface has come.
@@ -169,6 +224,25 @@ pub struct Interface {
     pub last: Option<Event>,
 }
 
+impl Interface {
+    /// One that owns nothing yet.
+    pub fn new(name: &str, flags: Vec<String>, source: &str, state: State, reason: Option<String>) -> Self {
+        Self {
+            name: name.into(),
+            flags,
+            source: source.into(),
+            state,
+            reason,
+            route: RouteState::Unknown,
+            endpoints: Vec::new(),
+            link: None,
+            routing: None,
+            corrected: None,
+            last: None,
+        }
+    }
+}
+
 /// Something that happened to an interface while the agent followed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
@@ -206,7 +280,8 @@ pub struct OwnedLink {
     pub original: u32,
 }
 
-/// A table that has the way out by one interface, and the rules that lead there. All of it is ours.
+/// A table that has the way out by one interface, and the rules that lead there. All of it is ours, and so is what else bears
+/// our mark in the table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnedRouting {
     /// The table's number.
@@ -226,6 +301,9 @@ pub struct OwnedLimits {
     pub needed: LimitPair,
     /// What was set.
     pub set: LimitPair,
+    /// When the agent undid somebody else's change, in seconds since 1970. It does so once.
+    #[serde(default)]
+    pub corrected: Option<u64>,
 }
 
 /// Both limits.
@@ -235,6 +313,12 @@ pub struct LimitPair {
     pub subflows: u32,
     /// Accepted ADD_ADDR.
     pub add_addr_accepted: u32,
+}
+
+impl std::fmt::Display for LimitPair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "subflows {} add_addr_accepted {}", self.subflows, self.add_addr_accepted)
+    }
 }
 
 impl From<Limits> for LimitPair {

@@ -20,6 +20,11 @@ pub struct Setting {
     pub original: String,
     /// The value that we wrote last, or found and relied on.
     pub value: String,
+    /// When it became so, as [`Claim::time`] has it: no claim was newer then.
+    pub since: u64,
+    /// When the original became it, because somebody else had changed what was ours; the claims that were there then do
+    /// not come back over it. 0 if it is from before the first of ours.
+    pub original_since: u64,
     /// Who relies on it, the oldest first.
     pub claims: Vec<Claim>,
     /// A write that was begun.
@@ -35,7 +40,8 @@ pub struct Claim {
     pub instance: Instance,
     /// At which value.
     pub value: String,
-    /// When it was made, in nanoseconds since 1970; decides which claim is the newest.
+    /// When it was made, in nanoseconds since 1970; decides which claim is the newest. Where the clock was set back it is
+    /// ahead of that: a claim that is made later is always newer.
     pub time: u64,
     /// Somebody else overrode it.
     pub overridden: bool,
@@ -50,6 +56,8 @@ pub struct HostClaim {
     pub value: String,
     /// The value before the first of ours.
     pub original: String,
+    /// Whether that is somebody else's change to what was ours.
+    pub is_foreign: bool,
     /// Whether the steps write it.
     pub written: Option<Written>,
     /// The containers whose claims are overridden with it.
@@ -78,6 +86,9 @@ pub struct Intent {
     pub original: String,
     /// The value to be written.
     pub wanted: String,
+    /// If the value before is somebody else's change to what was ours: the time of the newest claim that it overtook.
+    #[serde(default)]
+    pub overtook: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -86,6 +97,10 @@ struct Value {
     key: SettingKey,
     original: String,
     value: String,
+    #[serde(default)]
+    since: u64,
+    #[serde(default)]
+    original_since: u64,
 }
 
 /// The name of a setting's directory and lock.
@@ -170,39 +185,37 @@ impl Page {
         let intent: Option<Intent> = files::read(&self.directory.join("intent"))?;
         Ok(match (value, intent) {
             (None, None) => None,
-            (Some(Value { key, original, value, .. }), intent) => {
-                Some(Setting { key, original, value, claims: Vec::new(), intent })
-            }
+            (Some(value), intent) => Some(value.setting(intent)),
             // The first writer of all was killed before it wrote the value's file.
-            (None, Some(intent)) => Some(Setting {
-                key: intent.key.clone(),
-                original: intent.original.clone(),
-                value: intent.original.clone(),
-                claims: Vec::new(),
-                intent: Some(intent),
-            }),
+            (None, Some(intent)) => Some(intent.setting()),
         })
     }
 
     /// Reads what can be read.
     pub fn survey(&self) -> Survey {
+        let claims = self.directory.join("claims");
         self.survey_by(
             |path| split(files::read(path)),
             |path| split(files::read(path)),
-            |path| split(files::read(path)),
+            |name| split(files::read(&claims.join(name))),
         )
     }
 
     /// The same to be shown, whoever may have written it; that is then among the faults.
     pub fn survey_to_show(&self) -> Survey {
-        self.survey_by(files::read_to_show, files::read_to_show, files::read_to_show)
+        let claims = self.directory.join("claims");
+        let directory = files::Directory::open(&claims).ok().flatten();
+        self.survey_by(files::read_to_show, files::read_to_show, |name| match &directory {
+            Some(directory) => directory.read_to_show(name),
+            None => files::read_to_show(&claims.join(name)),
+        })
     }
 
     fn survey_by(
         &self,
         read_value: fn(&Path) -> Told<Value>,
         read_intent: fn(&Path) -> Told<Intent>,
-        read_claim: fn(&Path) -> Told<Claim>,
+        read_claim: impl Fn(&str) -> Told<Claim> + Sync,
     ) -> Survey {
         let mut survey = Survey::default();
         let path = self.directory.join("value");
@@ -216,7 +229,7 @@ impl Page {
         match files::names(&claims) {
             Ok(names) => {
                 let read = |name: String| {
-                    let told = read_claim(&claims.join(&name));
+                    let told = read_claim(&name);
                     (name, told)
                 };
                 for (name, (claim, fault)) in parallel::map(names, read) {
@@ -229,18 +242,12 @@ impl Page {
         survey.claims.sort_by_key(|(_, claim)| claim.time);
         survey.has_value = value.is_some();
         let value_is_lost = survey.faults.iter().any(|(path, _)| path.ends_with("value"));
-        let said = match (value, &survey.intent) {
-            (Some(Value { key, original, value, .. }), _) => Some((key, original, value)),
+        survey.setting = match (value, survey.intent.clone()) {
+            (Some(value), intent) => Some(value.setting(intent)),
             // As in `read_value`; not where the value was there once.
-            (None, Some(Intent { key, original, .. })) if !value_is_lost => {
-                Some((key.clone(), original.clone(), original.clone()))
-            }
+            (None, Some(intent)) if !value_is_lost => Some(intent.setting()),
             _ => None,
         };
-        survey.setting = said.map(|(key, original, value)| {
-            let intent = survey.intent.clone();
-            Setting { key, original, value, claims: Vec::new(), intent }
-        });
         survey
     }
 
@@ -255,7 +262,14 @@ impl Page {
     }
 
     /// Announces a write, before the kernel is written.
-    pub fn intend(&self, instance: &Instance, key: &SettingKey, original: &str, wanted: &str) -> Result<()> {
+    pub fn intend(
+        &self,
+        instance: &Instance,
+        key: &SettingKey,
+        original: &str,
+        wanted: &str,
+        overtook: Option<u64>,
+    ) -> Result<()> {
         files::make_directory(&self.directory)?;
         let intent = Intent {
             version: VERSION,
@@ -263,6 +277,7 @@ impl Page {
             key: key.clone(),
             original: original.into(),
             wanted: wanted.into(),
+            overtook,
         };
         files::write(&self.directory.join("intent"), &intent)
     }
@@ -273,10 +288,17 @@ impl Page {
         self.tidy()
     }
 
-    /// Sets down the value that is in force now.
-    pub fn set_value(&self, key: &SettingKey, original: &str, value: &str) -> Result<()> {
+    /// Sets down the value that is in force now, what it was before, and since when. The claims are not touched.
+    pub fn set_value(&self, now: &Setting) -> Result<()> {
         files::make_directory(&self.directory)?;
-        let value = Value { version: VERSION, key: key.clone(), original: original.into(), value: value.into() };
+        let value = Value {
+            version: VERSION,
+            key: now.key.clone(),
+            original: now.original.clone(),
+            value: now.value.clone(),
+            since: now.since,
+            original_since: now.original_since,
+        };
         files::write(&self.directory.join("value"), &value)
     }
 
@@ -294,17 +316,28 @@ impl Page {
 
     /// Enters what a plan says: the value, who was overridden, our claim. The write's intent is fulfilled with it.
     pub fn enter(&self, claim: &HostClaim, instance: &Instance) -> Result<()> {
-        let before = self.read_value()?;
+        // Who else relies on it matters only where it has changed.
+        let has_changed = claim.written.is_some() || claim.is_foreign;
+        let before = if has_changed { self.read()? } else { self.read_value()? };
+        let newest = before.as_ref().map_or(0, Setting::newest);
+        let time = super::nanoseconds_after(newest);
         let is_known =
             before.as_ref().is_some_and(|b| b.original == claim.original && b.is(&claim.value) && b.intent.is_none());
         if !is_known {
-            self.set_value(&claim.key, &claim.original, &claim.value)?;
+            let original_since = before.as_ref().map_or(0, |before| before.original_since);
+            self.set_value(&Setting {
+                key: claim.key.clone(),
+                original: claim.original.clone(),
+                value: claim.value.clone(),
+                since: newest,
+                original_since: if claim.is_foreign { newest } else { original_since },
+                claims: Vec::new(),
+                intent: None,
+            })?;
         }
-        if claim.written.is_some() {
+        if let Some(before) = &before {
             // Others may have wanted this very value and been overridden before.
-            if let Some(setting) = self.read()? {
-                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &claim.value)?;
-            }
+            self.mark_overridden(&before.claims.iter().collect::<Vec<_>>(), &claim.value)?;
         }
         for dead in &claim.dead {
             self.unclaim(dead)?;
@@ -313,7 +346,7 @@ impl Page {
             version: VERSION,
             instance: instance.clone(),
             value: claim.value.clone(),
-            time: super::nanoseconds(),
+            time,
             overridden: false,
         })?;
         if claim.written.is_some() { self.fulfil() } else { Ok(()) }
@@ -333,7 +366,7 @@ impl Page {
         }
         match before {
             Some(before) => {
-                self.set_value(&before.key, &before.original, &before.value)?;
+                self.set_value(before)?;
                 if let Some(now) = self.read()? {
                     self.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &before.value)?;
                 }
@@ -383,9 +416,14 @@ impl Page {
         let Some(intent) = &setting.intent else { return Ok(()) };
         // The write happened: the value is ours. Whether anybody still wants it is for the next step to see.
         if setting::same(&intent.key, actual, &intent.wanted) {
-            self.set_value(&intent.key, &setting.original, &intent.wanted)?;
-            if let Some(now) = self.read()? {
-                self.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &intent.wanted)?;
+            if let Some(setting) = self.read()? {
+                let mut now = setting.at(&intent.wanted);
+                if let Some(newest) = intent.overtook {
+                    now.original.clone_from(&intent.original);
+                    now.original_since = newest;
+                }
+                self.set_value(&now)?;
+                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &intent.wanted)?;
             }
         }
         // It did not, or somebody else has written since: nothing to do about it.
@@ -406,13 +444,60 @@ impl Page {
     }
 }
 
+impl Value {
+    fn setting(self, intent: Option<Intent>) -> Setting {
+        let Self { key, original, value, since, original_since, .. } = self;
+        Setting { key, original, value, since, original_since, claims: Vec::new(), intent }
+    }
+}
+
+impl Intent {
+    /// What the page says where there is nothing but a write under way: the first of all.
+    fn setting(self) -> Setting {
+        Setting {
+            key: self.key.clone(),
+            original: self.original.clone(),
+            value: self.original.clone(),
+            since: 0,
+            original_since: 0,
+            claims: Vec::new(),
+            intent: Some(self),
+        }
+    }
+}
+
 impl Setting {
     /// Where nobody who is alive relies on the value: what it goes back to, the newest living claim's value or else
     /// the one before ours.
     pub fn left_behind(&self, boot_id: &str) -> Option<&str> {
         let living: Vec<&Claim> = self.claims.iter().filter(|claim| claim.instance.is_alive(boot_id)).collect();
         let is_held = living.iter().any(|claim| self.is(&claim.value));
-        (!is_held).then(|| living.last().map_or(self.original.as_str(), |claim| claim.value.as_str()))
+        (!is_held).then(|| self.back_to(&living))
+    }
+
+    /// What it goes back to where these claims are left, the oldest first, and none has the value in force: the newest's
+    /// value, unless somebody else has changed it since that was made, or else the one before ours.
+    pub fn back_to<'a>(&'a self, left: &[&'a Claim]) -> &'a str {
+        let newest = left.last().filter(|claim| claim.time > self.original_since);
+        newest.map_or(&self.original, |claim| &claim.value)
+    }
+
+    /// The same with another value from now on, without the claims.
+    pub fn at(&self, value: &str) -> Self {
+        Self {
+            key: self.key.clone(),
+            original: self.original.clone(),
+            value: value.into(),
+            since: self.newest(),
+            original_since: self.original_since,
+            claims: Vec::new(),
+            intent: None,
+        }
+    }
+
+    /// The time of the newest claim, as far as they have been read, and no earlier than the value became what it is.
+    pub fn newest(&self) -> u64 {
+        self.claims.iter().map(|claim| claim.time).fold(self.since, u64::max)
     }
 
     /// Whether `value` is the setting's.

@@ -3,7 +3,8 @@
 
 use super::{Draft, Input};
 use crate::kernel::{Address, Change, RouteState};
-use crate::ledger::record::{Event, Interface, Record, State};
+use crate::ledger::record::{Conflict, ConflictOutcome, Event, Interface, LimitPair, OwnedLimits, Record, State};
+use crate::request::Request;
 
 /// Settings are the hook's and people's to change: the agent carries over what is recorded of them.
 pub fn keep_settings(draft: &mut Draft, previous: &Record) {
@@ -22,15 +23,59 @@ fn find<'a>(record: &'a Record, name: &str) -> Option<&'a Interface> {
 
 /// Whether somebody else's change to `what` is undone. It is once; after that it is theirs until somebody asks again.
 pub fn puts_back(input: &Input, entry: &mut Interface, what: &str) -> bool {
-    let first = recorded(input, &entry.name).is_none_or(|own| own.corrected.is_none());
+    let first = is_first(input, &entry.name);
     if first {
-        entry.corrected = Some(input.time);
+        entry.corrected = Some(input.time)
     } else {
-        entry.state = State::Drifted;
-        entry.reason =
-            Some(format!("somebody changed {what} again after it was put back; mptcp-hook apply sets it anew"));
+        leave(entry, what)
     }
     first
+}
+
+/// Whether nothing of an interface was put back yet.
+pub fn is_first(input: &Input, name: &str) -> bool {
+    recorded(input, name).is_none_or(|own| own.corrected.is_none())
+}
+
+/// Says that `what` is left as somebody else has made it.
+pub fn leave(entry: &mut Interface, what: &str) {
+    entry.state = State::Drifted;
+    entry.reason = Some(format!("somebody changed {what} again after it was put back; mptcp-hook apply sets it anew"));
+}
+
+/// The entry of an interface that came after somebody asked, and for which no wish can be told from the others. What was
+/// there before does not suffer for it.
+pub fn ignored(request: &Request, name: &str, why: &anyhow::Error) -> Interface {
+    let patterns = request.patterns();
+    let source = patterns.iter().find(|(pattern, _)| pattern.matches(name)).map(|(_, (wish, _))| &wish.source.place);
+    Interface::new(name, Vec::new(), source.map_or("", |place| place), State::Ignored, Some(why.to_string()))
+}
+
+/// What is recorded of the limits, if they are followed.
+pub fn recorded_limits(input: &Input) -> Option<OwnedLimits> {
+    input.previous.filter(|_| input.follows)?.versions().last()?.limits
+}
+
+/// Leaves the limits as somebody has set them again after they were put back, and says so once.
+pub fn leave_limits(draft: &mut Draft, own: OwnedLimits, now: LimitPair) {
+    let reason = format!(
+        "somebody has set the limits to {now} again after they were put back to {}, and they are left so; mptcp-hook apply sets them anew",
+        own.set
+    );
+    draft.plan.limits = Some(own);
+    if !draft.input.previous.is_some_and(|record| record.warnings.contains(&reason)) {
+        draft.plan.conflicts.push(Conflict {
+            time: draft.input.time,
+            container: draft.input.container.into(),
+            key: "limits".into(),
+            wanted: own.set.to_string(),
+            kept: now.to_string(),
+            holders: vec![draft.input.container.into()],
+            outcome: ConflictOutcome::Drift,
+            reason: reason.clone(),
+        });
+    }
+    draft.warn(reason);
 }
 
 /// Whether the agent waits a moment with a new address. The kernel opens the subflows of live connections at once and
@@ -40,14 +85,23 @@ pub fn waits(input: &Input, address: &Address) -> bool {
         return false;
     }
     let facts = input.facts;
-    let has_endpoint = facts.endpoints.iter().any(|endpoint| endpoint.address == address.ip && endpoint.port.is_none());
-    // One that is gone is not new.
-    let before = input.previous.and_then(|record| record.versions().last());
-    let mut known = before.into_iter().flat_map(|record| &record.interfaces).flat_map(|interface| &interface.endpoints);
-    let is_known = known.any(|own| own.address == address.ip);
     let link = facts.links.iter().find(|link| link.index == address.ifindex);
     let way_out = facts.routes.get(&(address.ip, address.ifindex));
-    !has_endpoint && !is_known && (link.is_none_or(|link| !link.is_running()) || way_out == Some(&RouteState::Missing))
+    is_new(input, address) && (link.is_none_or(|link| !link.is_running()) || way_out == Some(&RouteState::Missing))
+}
+
+/// Whether a new address stands behind as many others as can have an endpoint, so that nobody has looked for its way out.
+/// Where those wait it does, too.
+pub fn is_behind(input: &Input, address: &Address) -> bool {
+    let is_looked_at = input.facts.routes.contains_key(&(address.ip, address.ifindex));
+    input.follows && !input.hurries && !is_looked_at && is_new(input, address)
+}
+
+/// Whether an address has had no endpoint yet. One whose endpoint is gone is not new.
+fn is_new(input: &Input, address: &Address) -> bool {
+    let before = input.previous.and_then(|record| record.versions().last());
+    let mut known = before.into_iter().flat_map(|record| &record.interfaces).flat_map(|interface| &interface.endpoints);
+    !input.facts.has_endpoint(address.ip) && !known.any(|own| own.address == address.ip)
 }
 
 /// Carries over what happened, notes what happens now, and whether anything may still come.
@@ -109,7 +163,11 @@ fn event(draft: &Draft, entry: &Interface, before: Option<&Interface>) -> Option
         let same = before.is_some_and(|before| before.link.is_some());
         said.push(if same { "flags set again after something cleared them" } else { "flags set" }.into());
     }
-    if said.is_empty() && before.is_some_and(|before| before.state != entry.state || before.reason != entry.reason) {
+    let is_news = match before {
+        Some(before) => before.state != entry.state || before.reason != entry.reason,
+        None => entry.state == State::Ignored,
+    };
+    if said.is_empty() && is_news {
         said.extend(entry.reason.clone().or_else(|| Some(entry.state.name().into())));
     }
     (!said.is_empty()).then(|| Event { time: input.time, what: said.join(", ") })

@@ -11,13 +11,15 @@ mod tests;
 pub mod undo;
 mod upstream;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
 
-use crate::kernel::{Change, Facts, Kind, Link, RouteState};
+pub use routes::{is_learnt, rp_filters, to_look_up};
+
+use crate::kernel::{Change, Facts, GET_MPTCP, Kind, Link};
 use crate::ledger::record::{
     Conflict, ConflictOutcome, Interface, OwnedEndpoint, OwnedLimits, OwnedSetting, Record, State,
 };
@@ -25,7 +27,7 @@ use crate::ledger::setting::HostClaim;
 use crate::policy::Policy;
 use crate::request::flags::InterfaceFlags;
 use crate::request::setting::SettingKey;
-use crate::request::{OnConflict, Rank, Request, Source, Wish};
+use crate::request::{OnConflict, Rank, Request, Source, What, Wish};
 
 /// Everything that the plan depends on.
 pub struct Input<'a> {
@@ -94,6 +96,8 @@ pub struct Plan {
     pub interfaces: Vec<Interface>,
     /// Endpoints of ours that the steps delete or give back.
     pub leaving: Vec<OwnedEndpoint>,
+    /// Tables of ours that the steps empty.
+    pub leaving_tables: BTreeSet<u32>,
     /// The limits, as they will be recorded.
     pub limits: Option<OwnedLimits>,
     /// The settings, as they will be recorded.
@@ -112,6 +116,8 @@ pub struct Plan {
     pub put_off: Vec<IpAddr>,
     /// Module parameters that may appear with the steps' path manager or scheduler: to be planned again after them.
     pub deferred: Vec<SettingKey>,
+    /// Whether a strict `rp_filter` has to be looked at again once the steps' rules are there.
+    pub looks_again: bool,
 }
 
 /// A change and how to undo it.
@@ -163,9 +169,12 @@ impl Plan {
         match input.facts.kind {
             Kind::Upstream => upstream::plan(&mut draft)?,
             Kind::MptcpOrg => mptcp_org::plan(&mut draft)?,
-            Kind::None => bail!("this kernel ({}) has no MPTCP", input.facts.release),
+            Kind::None => bail!("this kernel (Linux {}) has no MPTCP; {GET_MPTCP}", input.facts.release),
         }
         routes::give_back_others(&mut draft);
+        if input.follows {
+            routes::warn_of_filters(&mut draft);
+        }
         following::finish(&mut draft);
         Ok(draft.plan)
     }
@@ -213,10 +222,18 @@ struct Draft<'a> {
 /// Of how many holders the record of a conflict has the ids: the history is bounded.
 const HOLDERS_MAX: usize = 100;
 
+/// How many addresses a message names: a container may have as many as it likes.
+const ADDRESSES_MAX: usize = 16;
+
 /// The ids of containers for a message; of very many the first.
 fn named(ids: &[String]) -> String {
-    let mut text = ids.iter().take(HOLDERS_MAX).cloned().collect::<Vec<_>>().join(", ");
-    if let Some(more) = ids.len().checked_sub(HOLDERS_MAX).filter(|more| *more > 0) {
+    listed(ids, HOLDERS_MAX)
+}
+
+/// The first `max` of these words for a message, and how many more there are.
+fn listed(words: &[String], max: usize) -> String {
+    let mut text = words.iter().take(max).cloned().collect::<Vec<_>>().join(", ");
+    if let Some(more) = words.len().checked_sub(max).filter(|more| *more > 0) {
         text += &format!(" and {more} more");
     }
     text
@@ -285,13 +302,24 @@ impl<'a> Draft<'a> {
         let links: Vec<&Link> =
             input.facts.links.iter().filter(|link| link.flags & libc::IFF_LOOPBACK as u32 == 0).collect();
         for link in &links {
-            let Some((wish, flags)) = input.request.interface(&link.name)? else { continue };
+            let found = match input.request.interface(&link.name) {
+                Err(error) if input.follows => {
+                    self.plan.interfaces.push(following::ignored(input.request, &link.name, &error));
+                    continue;
+                }
+                found => found?,
+            };
+            let Some((wish, flags)) = found else { continue };
             wanted.push(Wanted { name: link.name.clone(), index: Some(link.index), wish, flags });
         }
         for (pattern, (wish, flags)) in input.request.patterns() {
+            let matching: Vec<_> = links.iter().filter(|link| pattern.matches(&link.name)).collect();
+            let is_given = |link: &&&Link| input.policy.allows_interface(&wish.source, &link.name).is_ok();
+            // What the policy does not give is no match of a glob that it gives something to.
+            let waits = matching.is_empty()
+                || input.policy.allows_pattern(&wish.source, pattern).is_ok() && !matching.iter().any(is_given);
             // A default says how an interface shall be if there is one.
-            let met = links.iter().any(|link| pattern.matches(&link.name));
-            if !met && wish.source.rank != Rank::PolicyDefault {
+            if waits && wish.source.rank != Rank::PolicyDefault {
                 wanted.push(Wanted { name: pattern.to_string(), index: None, wish, flags });
             }
         }
@@ -306,7 +334,11 @@ impl<'a> Draft<'a> {
 
     fn is_allowed(&mut self, wanted: &Wanted<'a>) -> bool {
         let source = &wanted.wish.source;
-        let Err(reason) = self.input.policy.allows_interface(source, &wanted.name) else { return true };
+        let allowed = match (wanted.index, &wanted.wish.what) {
+            (None, What::Interface(pattern, _)) => self.input.policy.allows_pattern(source, pattern),
+            _ => self.input.policy.allows_interface(source, &wanted.name),
+        };
+        let Err(reason) = allowed else { return true };
         self.clash(Clash {
             key: format!("interface.{}", wanted.name),
             wanted: wanted.flags.to_string(),
@@ -378,18 +410,6 @@ struct Wanted<'a> {
 impl Wanted<'_> {
     /// Its entry in the record.
     fn entry(&self, state: State, reason: Option<String>) -> Interface {
-        Interface {
-            name: self.name.clone(),
-            flags: self.flags.names(),
-            source: self.wish.source.place.clone(),
-            state,
-            reason,
-            route: RouteState::Unknown,
-            endpoints: Vec::new(),
-            link: None,
-            routing: None,
-            corrected: None,
-            last: None,
-        }
+        Interface::new(&self.name, self.flags.names(), &self.wish.source.place, state, reason)
     }
 }

@@ -92,7 +92,7 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
                 link.name
             ));
         }
-        ways.enter(&mut entry);
+        ways.enter(input, &mut entry);
         entry.link = Some(OwnedLink { index, mask, bits, original });
         draft.plan.interfaces.push(entry);
     }
@@ -126,8 +126,7 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
 fn give_back_others(draft: &mut Draft) {
     let input = draft.input;
     let Some(previous) = input.previous else { return };
-    for interface in &previous.interfaces {
-        let Some(owned) = &interface.link else { continue };
+    for (_, owned) in previous.all_links() {
         let mut kept = draft.plan.interfaces.iter().filter_map(|interface| interface.link.as_ref());
         if kept.any(|kept| kept.index == owned.index) {
             continue;

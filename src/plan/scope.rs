@@ -45,6 +45,7 @@ const SINCE: &[(&str, &str)] = &[
     ("syn_retrans_before_tcp_fallback", "6.14"),
     ("path_manager", "6.15"),
     ("available_path_managers", "6.15"),
+    ("add_addr_v6_port_drop_ts", "7.2"),
 ];
 
 /// Whether a key belongs to a known per-namespace family of this kernel kind.

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Clash, Draft, HostSetting, Input, named, scope, undo};
+use super::{Clash, Draft, HOLDERS_MAX, HostSetting, Input, named, routes, scope, undo};
 use crate::error::usage;
 use crate::kernel::{Change, Seen, SeenSetting};
-use crate::ledger::record::{Outcome, OwnedSetting, Scope};
+use crate::ledger::record::{Conflict, ConflictOutcome, Outcome, OwnedSetting, Scope};
 use crate::ledger::setting::{HostClaim, Written};
 use crate::request::setting::{self, SettingKey};
 use crate::request::{OnConflict, Wish};
@@ -18,6 +18,8 @@ struct Case<'a> {
     value: String,
     wish: &'a Wish,
     seen: SeenSetting,
+    /// Whether it comes with another wish, which was allowed already.
+    follows_from: bool,
 }
 
 impl Case<'_> {
@@ -74,7 +76,7 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
 fn give_back_others(draft: &mut Draft) {
     let input = draft.input;
     let Some(previous) = input.previous else { return };
-    for owned in previous.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
+    for owned in previous.all_netns_claims() {
         if draft.plan.settings.iter().any(|own| own.key == owned.key && own.claimed) {
             continue;
         }
@@ -100,7 +102,7 @@ fn cases<'a>(draft: &Draft<'a>) -> Result<Vec<Case<'a>>> {
     for (key, (wish, value)) in draft.input.request.settings() {
         let (key, value) = one_name(key, value, there);
         let seen = facts.settings.get(&key).cloned().unwrap_or_default();
-        let case = Case { key: key.clone(), value, wish, seen };
+        let case = Case { key: key.clone(), value, wish, seen, follows_from: false };
         match cases.get_mut(&key) {
             None => {
                 cases.insert(key, case);
@@ -116,6 +118,12 @@ fn cases<'a>(draft: &Draft<'a>) -> Result<Vec<Case<'a>>> {
             Some(other) if other.wish.source.rank < wish.source.rank => *other = case,
             Some(_) => {}
         }
+    }
+    for (key, wish) in routes::relaxed(draft.input) {
+        let seen = facts.settings.get(&key).cloned().unwrap_or_default();
+        let case = Case { key: key.clone(), value: routes::LOOSE.into(), wish, seen, follows_from: true };
+        // What is asked for by name counts.
+        cases.entry(key).or_insert(case);
     }
     Ok(cases.into_values().collect())
 }
@@ -222,7 +230,11 @@ fn netns(draft: &mut Draft, case: &Case) -> Result<()> {
     if runtime_differs(draft, case, Scope::Netns) {
         return Ok(());
     }
-    if let Err(reason) = input.policy.allows_setting(&case.wish.source, &case.key, &case.value, Scope::Netns) {
+    let allowed = match case.follows_from {
+        true => Ok(()),
+        false => input.policy.allows_setting(&case.wish.source, &case.key, &case.value, Scope::Netns),
+    };
+    if let Err(reason) = allowed {
         if !equal {
             not_allowed(draft, case, &present, reason);
         }
@@ -399,17 +411,45 @@ fn host(draft: &mut Draft, case: &Case) -> Result<()> {
         draft.step(write(&case.value), Some(write(&actual)), case.wish.source.place.clone());
         written = Some(Written { before: actual.clone() });
     }
+    if !is_ours {
+        drifted(draft, case, page, &actual);
+    }
     // The page's original counts; the record's is for the repair of a lost page.
     draft.plan.settings.push(case.owned(Scope::Host, outcome, Some(original.clone()), true));
     draft.plan.claims.push(HostClaim {
         key: case.key.clone(),
         value: case.value.clone(),
         original,
+        is_foreign: !is_ours,
         written,
         overridden,
         dead: page.dead.clone(),
     });
     Ok(())
+}
+
+/// Records that somebody else has changed what others rely on: from now on it is that which is put back.
+fn drifted(draft: &mut Draft, case: &Case, page: &HostSetting, actual: &str) {
+    let others = page.claims.iter().filter(|claim| !setting::same(&case.key, &claim.value, actual));
+    let ids: Vec<String> = others.map(|holder| holder.id.clone()).collect();
+    if ids.is_empty() {
+        return;
+    }
+    let (key, ours) = (&case.key, &page.value);
+    draft.plan.conflicts.push(Conflict {
+        time: draft.input.time,
+        container: draft.input.container.into(),
+        key: key.to_string(),
+        wanted: ours.clone(),
+        kept: actual.into(),
+        reason: format!(
+            "{key} was set to {ours} and somebody has changed it to {actual} since, which is not what {} asked for; from now \
+             on {actual} is what is put back",
+            named(&ids)
+        ),
+        holders: ids.into_iter().take(HOLDERS_MAX).collect(),
+        outcome: ConflictOutcome::Drift,
+    });
 }
 
 /// Settings of multipath-tcp.org kernels whose values are modules.

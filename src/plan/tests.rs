@@ -5,8 +5,8 @@ use crate::error::exit_status;
 use crate::instance::{ContainerId, Door, Instance};
 use crate::kernel::fake::{FakeHost, HOME};
 use crate::kernel::netns::NetnsId;
-use crate::kernel::{Endpoint, Kernel, Limits};
-use crate::ledger::record::{LimitPair, Outcome, OwnedLink, Scope, VERSION};
+use crate::kernel::{Endpoint, Kernel, Limits, Rule, TableRoute};
+use crate::ledger::record::{LimitPair, Outcome, OwnedLink, Scope, VERSION, Writer};
 use crate::ledger::setting::Written;
 use crate::policy::config;
 use crate::request::{self, What};
@@ -77,7 +77,7 @@ impl Scene {
 
     /// The other ends of all links are up.
     fn carriers(&self) {
-        let up = |link: &mut Link| link.flags |= libc::IFF_RUNNING as u32;
+        let up = |link: &mut Link| link.flags |= libc::IFF_LOWER_UP as u32;
         self.host.netns(NS, |netns| netns.links.iter_mut().for_each(up));
     }
 
@@ -129,14 +129,17 @@ impl Scene {
     }
 
     fn plan(&self) -> Result<Plan> {
-        let keys: Vec<SettingKey> = self.request.settings().into_keys().cloned().collect();
+        let mut keys: Vec<SettingKey> = self.request.settings().into_keys().cloned().collect();
+        keys.extend(self.previous.iter().flat_map(Record::all_netns_claims).map(|owned| owned.key.clone()));
         let mut facts = self.host.kernel(NS).facts(&keys)?;
-        if self.request.asked_routes().is_some() {
-            let mut kernel = self.host.kernel(NS);
+        let mut kernel = self.host.kernel(NS);
+        let wants_routes = self.request.asked_routes().is_some();
+        if wants_routes {
             facts.routing = Some(kernel.routing()?);
-            for address in &facts.addresses {
-                let way_out = kernel.route(address.ip, address.ifindex)?;
-                facts.routes.insert((address.ip, address.ifindex), way_out);
+        }
+        if self.follows || wants_routes {
+            for (ip, index) in to_look_up(&self.request, &facts) {
+                facts.routes.insert((ip, index), kernel.route(ip, index)?);
             }
         }
         Plan::make(&Input {
@@ -198,9 +201,10 @@ impl Scene {
             at_work: None,
             interfaces: plan.interfaces.clone(),
             leaving: Vec::new(),
+            leaving_tables: BTreeSet::new(),
             limits: plan.limits,
             settings: plan.settings.clone(),
-            warnings: Vec::new(),
+            warnings: plan.warnings.clone(),
             time: 1,
             lasting_warnings: plan.lasting_warnings,
             unsettled: plan.unsettled,
@@ -478,6 +482,33 @@ fn a_renamed_interface_gets_its_flags_back() {
     let given_back = scene.host.link_flags(NS, 3) == 0x1003;
     let remembered = plan.interfaces.iter().filter_map(|i| i.link.as_ref()).any(|link| link.index == 3);
     assert!(given_back || remembered, "nobody would give it back any more");
+}
+
+/// Its bits stand only in what was in force before a hook that was killed.
+#[test]
+fn what_a_killed_hook_had_to_give_back_is_given_back() {
+    let mut scene = Scene::mptcp_org()
+        .ask(ADMIN, interface("eth1", "backup"))
+        .ask(ADMIN, sysctl("net.ipv4.tcp_syn_retries", "3"))
+        .applied();
+    let original = |scene: &Scene| {
+        (scene.host.link_flags(NS, 3), scene.host.netns_value(NS, "net.ipv4.tcp_syn_retries")) == (0x1003, "6".into())
+    };
+    assert!(!original(&scene));
+    let before = scene.previous.take().map(Box::new);
+    scene.request = Request::default();
+    scene = scene.ask(ADMIN, interface("eth0", "backup"));
+    let writer = Writer { pid: 1, start_time: 1, follows: false, before, killed: Vec::new() };
+    let killed = Record { at_work: Some(writer), ..scene.record("web", &scene.plan().unwrap()) };
+    let keys = [key("net.ipv4.tcp_syn_retries")];
+    let facts = scene.host.kernel(NS).facts(&keys).unwrap();
+    let undone = undo::in_namespace(&killed, &[], &facts, 1, &mut Vec::new());
+    assert_eq!(undone.len(), 2, "{undone:?}");
+    scene.previous = Some(killed);
+    let plan = scene.plan().unwrap();
+    assert_eq!(link_bits(&plan), [(0x10_0000, 0x18_0000), (0, 0x18_0000)]);
+    scene.perform(&plan);
+    assert!(original(&scene), "{:?}", changes(&plan));
 }
 
 // Order of steps.
@@ -950,7 +981,10 @@ fn a_drifted_value_becomes_the_original() {
     assert!(drifted(wants(ADMIN, "default", None)).plan().unwrap().refusal().is_some());
     // As it is now.
     let plan = drifted(wants(ADMIN, "blest", None)).plan().unwrap();
-    assert_eq!((plan.refusal(), plan.steps.len()), (None, 0));
+    assert_eq!((plan.refusal(), plan.steps.len(), plan.claims[0].is_foreign), (None, 0, true));
+    let met = &plan.conflicts[0];
+    assert_eq!((met.outcome, &*met.wanted, &*met.kept), (ConflictOutcome::Drift, "redundant", "blest"));
+    assert!(met.holders == ["db"] && met.reason.contains("from now on blest"), "{met:?}");
 }
 
 #[test]
@@ -1257,6 +1291,76 @@ fn the_agent_undoes_a_foreign_change_once() {
 }
 
 #[test]
+fn for_the_agent_an_interface_that_cannot_be_had_stands_in_nobodys_way() {
+    let asked = |scene: Scene| scene.ask(ADMIN, interface("eth*", "backup")).ask(ADMIN, interface("*9", "subflow"));
+    let scene = asked(Scene::upstream()).applied().followed();
+    // Somebody has an endpoint there that cannot become ours, and two globs disagree about another interface.
+    scene.host.add_link(NS, 8, "eth8", &["10.0.8.2"]);
+    let theirs = Endpoint { id: 77, address: address("10.0.8.2"), port: None, ifindex: 8, flags: 1 };
+    scene.host.netns(NS, |netns| netns.endpoints.push(theirs.clone()));
+    scene.host.add_link(NS, 9, "eth9", &["10.0.9.2"]);
+    scene.host.add_address(NS, 3, "10.0.2.7");
+    scene.carriers();
+    let plan = scene.plan().unwrap();
+    assert_eq!(endpoint_flags(&plan), [("10.0.2.7".into(), 6)]);
+    for (name, reason) in [("eth8", "ip mptcp endpoint delete id 77"), ("eth9", "name it exactly in one of them")] {
+        let entry = entry(&plan, name);
+        assert_eq!((entry.state, entry.endpoints.len()), (State::Ignored, 0), "{entry:?}");
+        assert!(entry.reason.as_ref().unwrap().contains(reason), "{entry:?}");
+        assert!(entry.last.as_ref().unwrap().what.contains(reason), "it is said: {entry:?}");
+    }
+    // It is said once, and taken up when there is nothing in the way any more.
+    let scene = scene.applied();
+    let plan = scene.plan().unwrap();
+    let said = |all: &[Interface]| all.iter().map(|one| (one.state, one.last.clone())).collect::<Vec<_>>();
+    assert_eq!(said(&plan.interfaces), said(&scene.previous.as_ref().unwrap().interfaces));
+    assert!(plan.steps.is_empty(), "{:?}", changes(&plan));
+    scene.host.netns(NS, |netns| netns.endpoints.retain(|endpoint| *endpoint != theirs));
+    assert_eq!(endpoint_flags(&scene.plan().unwrap()), [("10.0.8.2".into(), 6)]);
+    // Whoever asks is told, and nothing is done.
+    let asked = Scene { follows: false, ..scene };
+    assert_eq!(exit_status(&asked.plan().unwrap_err()), 2);
+}
+
+#[test]
+fn the_agent_undoes_a_foreign_change_of_the_limits_once() {
+    let scene = Scene::upstream().ask(ADMIN, interface("eth1", "backup")).ask(ADMIN, limit("subflows", "5"));
+    let mut scene = scene.applied().followed();
+    let lower = |scene: &Scene, subflows| {
+        scene.host.netns(NS, |netns| netns.limits = Some(Limits { subflows, add_addr_accepted: 0 }));
+    };
+    lower(&scene, 1);
+    let plan = scene.plan().unwrap();
+    assert_eq!(limits_after(&scene), Some((5, 0)));
+    assert!(plan.conflicts.is_empty() && plan.limits.unwrap().corrected.is_some());
+    scene = scene.applied();
+    assert!(scene.plan().unwrap().steps.is_empty());
+    lower(&scene, 0);
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty(), "{:?}", changes(&plan));
+    let drift: Vec<_> = plan.conflicts.iter().map(|c| (c.outcome, c.wanted.as_str(), c.kept.as_str())).collect();
+    let pairs = ("subflows 5 add_addr_accepted 0", "subflows 0 add_addr_accepted 0");
+    assert_eq!(drift, [(ConflictOutcome::Drift, pairs.0, pairs.1)]);
+    assert!(plan.warnings.iter().any(|warning| warning.contains("mptcp-hook apply")), "{:?}", plan.warnings);
+    // It is said once.
+    scene = scene.applied();
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty() && plan.conflicts.is_empty() && plan.warnings.len() == 1, "{:?}", plan.warnings);
+    // What the container itself needs by now is no change of somebody's.
+    let asked = Scene { follows: false, ..scene };
+    assert_eq!(limits_after(&asked), Some((5, 0)));
+    let mut scene = asked.applied().followed();
+    assert!(scene.previous.as_ref().unwrap().limits.unwrap().corrected.is_none());
+    for last in 2..8 {
+        scene.host.add_address(NS, 3, &format!("10.0.9.{last}"));
+    }
+    scene.carriers();
+    scene = scene.applied();
+    assert_eq!(scene.previous.as_ref().unwrap().limits.unwrap().corrected, None);
+    assert_eq!(scene.host.netns(NS, |netns| netns.limits.map(|limits| limits.subflows)), Some(7));
+}
+
+#[test]
 fn the_agent_sets_cleared_flags_again_and_others_once() {
     let mut scene = Scene::mptcp_org().ask(AUTHOR, interface("eth1", "backup")).applied().followed();
     for _ in 0..3 {
@@ -1292,6 +1396,52 @@ fn the_agent_leaves_settings_and_conflicts_alone() {
     assert!(plan.refusal().is_none() && plan.conflicts.is_empty());
 }
 
+/// The policy's list is held against an interface's own name, when it is there.
+#[test]
+fn a_glob_of_an_annotation_waits_for_interfaces_that_the_policy_gives() {
+    for host in [FakeHost::upstream(), FakeHost::mptcp_org().with_fullmesh()] {
+        host.add_netns(NS);
+        let mut scene = Scene::in_namespace_of(host)
+            .policy("[annotations]\ninterfaces = [\"eth0\", \"eth1\"]\n")
+            .ask(AUTHOR, interface("eth*", "backup"));
+        let plan = scene.plan().unwrap();
+        assert_eq!(plan.refusal(), None);
+        assert_eq!(entry(&plan, "eth*").state, State::Pending);
+        scene = scene.applied().followed();
+        // One that is not given does not end the waiting, and is left alone.
+        let links = |scene: &Scene| {
+            let plan = scene.plan().unwrap();
+            let states = plan.interfaces.iter().map(|interface| (interface.name.clone(), interface.state));
+            (states.collect::<BTreeMap<_, _>>(), plan)
+        };
+        scene.host.add_link(NS, 7, "eth7", &["10.0.7.2"]);
+        scene.carriers();
+        let (states, plan) = links(&scene);
+        let expected = [("eth*".to_string(), State::Pending), ("eth7".into(), State::Ignored)];
+        assert_eq!(states, BTreeMap::from(expected));
+        assert!(plan.steps.is_empty() && plan.unsettled, "{:?}", changes(&plan));
+        scene.host.add_link(NS, 3, "eth1", &["10.0.2.2"]);
+        scene.carriers();
+        let (states, plan) = links(&scene);
+        assert_eq!(states, BTreeMap::from([("eth1".to_string(), State::Applied), ("eth7".into(), State::Ignored)]));
+        let done = changes(&plan).join("; ");
+        assert!(!done.is_empty() && !done.contains("eth7") && !done.contains("10.0.7.2"), "{done}");
+        // Asked for anew it is refused, by its own name.
+        scene.follows = false;
+        let refusal = scene.plan().unwrap().refusal().unwrap();
+        assert!(refusal.contains("may not ask for eth7") && !refusal.contains("eth*"), "{refusal}");
+    }
+    for (policy, name) in [("[]", "eth*"), ("[\"eth0\"]", "eth1")] {
+        let host = FakeHost::upstream();
+        host.add_netns(NS);
+        let scene = Scene::in_namespace_of(host)
+            .policy(&format!("[annotations]\ninterfaces = {policy}\n"))
+            .ask(AUTHOR, interface(name, "backup"));
+        let refusal = scene.plan().unwrap().refusal().unwrap();
+        assert!(refusal.contains(&format!("may not ask for {name}")), "{refusal}");
+    }
+}
+
 #[test]
 fn the_agent_waits_for_a_new_addresss_link() {
     let scene = Scene::upstream().ask(AUTHOR, interface("eth2", "backup")).applied().followed();
@@ -1302,6 +1452,34 @@ fn the_agent_waits_for_a_new_addresss_link() {
     assert!(entry(&plan, "eth2").reason.as_ref().unwrap().contains("way out"));
     scene.carriers();
     assert_eq!(endpoint_flags(&scene.plan().unwrap()), [("10.0.3.2".into(), 6)]);
+}
+
+/// However many addresses there are, few ways out are looked up, and which of them get endpoints is the same.
+#[test]
+fn of_very_many_addresses_those_that_can_have_an_endpoint_are_looked_at() {
+    let scene = Scene::upstream().ask(AUTHOR, interface("eth2", "backup")).applied().followed();
+    let all: Vec<String> = (0..20_000).map(|n| format!("10.{}.{}.2", 100 + n / 250, n % 250)).collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    scene.host.add_link(NS, 9, "eth2", &all);
+    scene.host.add_link(NS, 10, "other0", &["10.0.9.2", "fd00:9::2"]);
+    let facts = scene.host.kernel(NS).facts(&[]).unwrap();
+    let first: Vec<(IpAddr, u32)> = all[..8].iter().map(|ip| (address(ip), 9)).collect();
+    assert_eq!(to_look_up(&scene.request, &facts), first);
+    // Those behind wait with the first, whose ways out are known.
+    let plan = scene.plan().unwrap();
+    assert!(plan.steps.is_empty(), "{:?}", changes(&plan));
+    scene.carriers();
+    let plan = scene.plan().unwrap();
+    let chosen: Vec<IpAddr> = entry(&plan, "eth2").endpoints.iter().map(|own| own.address).collect();
+    assert_eq!(chosen, all[..8].iter().map(|ip| address(ip)).collect::<Vec<_>>());
+    let reason = entry(&plan, "eth2").reason.clone().unwrap();
+    assert!(reason.contains(all[8]) && reason.contains(" and 19976 more: a namespace has at most 8"), "{reason}");
+    // What has an endpoint keeps it wherever it stands.
+    let scene = scene.applied();
+    scene.host.netns(NS, |netns| netns.addresses.rotate_left(10_000));
+    let facts = scene.host.kernel(NS).facts(&[]).unwrap();
+    let looked_at = to_look_up(&scene.request, &facts);
+    assert!(looked_at.len() == 16 && first.iter().all(|first| looked_at.contains(first)), "{looked_at:?}");
 }
 
 // routes=auto.
@@ -1343,6 +1521,7 @@ fn an_interface_gets_a_way_out_by_the_gateway_that_is_known() {
         destination: address("0.0.0.0"),
         prefix: 0,
         gateway: Some(address("10.0.2.9")),
+        onlink: false,
         ifindex: 3,
         protocol,
     };
@@ -1370,6 +1549,57 @@ fn annotations_need_the_policys_word_for_routes() {
 }
 
 #[test]
+fn annotations_need_the_policys_word_for_gateways() {
+    let scene = || two_uplinks(ADMIN).ask(AUTHOR, gateway("66"));
+    let refused = scene().plan().unwrap();
+    let reason = refused.refusal().unwrap();
+    assert!(reason.contains("the gateway 10.0.2.66 for eth1") && reason.contains("[annotations] routes = true"));
+    let uses = |scene: &Scene, last: &str| {
+        let plan = scene.plan().unwrap();
+        assert_eq!(plan.refusal(), None);
+        let routes = entry(&plan, "eth1").routing.iter().flat_map(|routing| &routing.routes);
+        let hops: Vec<_> = routes.filter_map(|route| route.gateway).collect();
+        assert!(!changes(&plan).join("\n").contains("10.0.2.66") || last == "66", "{:?}", changes(&plan));
+        assert_eq!(hops, [address(&format!("10.0.2.{last}"))]);
+    };
+    uses(&scene().policy("[annotations]\nroutes = true\n"), "66");
+    // What somebody weightier says counts, also of a glob; what somebody lighter says does where it is left out.
+    let all: Asked = Ok(What::Gateway("eth*".parse().unwrap(), address("10.0.2.1")));
+    uses(&scene().ask(ADMIN, all), "1");
+    let lenient = || scene().ask(AUTHOR, on_conflict(OnConflict::Warn));
+    uses(&lenient().ask(Rank::PolicyDefault, gateway("1")), "1");
+    let plan = lenient().plan().unwrap();
+    assert!(plan.refusal().is_none() && entry(&plan, "eth1").state == State::Pending, "{:?}", changes(&plan));
+    assert!(warned(&plan, &["10.0.2.66", "kept as it is"]), "{:?}", plan.warnings);
+    // The agent can refuse nothing any more; it leaves it out all the same.
+    let plan = scene().followed().plan().unwrap();
+    assert!(plan.refusal().is_none() && entry(&plan, "eth1").routing.is_none(), "{:?}", changes(&plan));
+}
+
+#[test]
+fn a_gateway_that_may_not_be_named_stands_against_no_sibling() {
+    let first = two_uplinks(ADMIN).ask(AUTHOR, gateway("66")).ask(AUTHOR, on_conflict(OnConflict::Warn));
+    let learnt = |last: &str| {
+        let gateway = Some(address(&format!("10.0.2.{last}")));
+        let destination = address("0.0.0.0");
+        let route = TableRoute { table: 254, destination, prefix: 0, gateway, onlink: false, ifindex: 3, protocol: 4 };
+        first.host.netns(NS, |netns| {
+            netns.routing.routes.retain(|route| route.table != 254);
+            netns.routing.routes.push(route);
+        });
+    };
+    learnt("9");
+    let plan = first.plan().unwrap();
+    first.perform(&plan);
+    learnt("7");
+    let mut second = Scene::in_namespace_of(first.host.clone())
+        .ask(ADMIN, interface("eth1", "backup"))
+        .ask(ADMIN, Ok(What::Routes(request::Routes::Auto)));
+    second.siblings.push(first.record("db", &plan));
+    assert_eq!(second.plan().unwrap().refusal(), None);
+}
+
+#[test]
 fn what_routes_brought_goes_with_the_wish() {
     let scene =
         two_uplinks(ADMIN).ask(ADMIN, Ok(What::Gateway("eth1".parse().unwrap(), address("10.0.2.1")))).applied();
@@ -1382,12 +1612,12 @@ fn what_routes_brought_goes_with_the_wish() {
     assert_eq!(words.iter().filter(|word| word.contains("delete the route")).count(), 2, "{words:?}");
     // A sibling that relies on the same table keeps it.
     let kept = undo::in_namespace(&record, std::slice::from_ref(&record), &facts, 1, &mut Vec::new());
-    assert!(!kept.iter().any(|change| matches!(change, Change::DeleteRule(_) | Change::DeleteRoute(_))));
+    assert!(!kept.iter().any(|change| matches!(change, Change::DeleteRule(_) | Change::DeleteRoute(..))));
     // Off again, by hand: rules first.
     let off = scene.ask(Rank::CommandLine, Ok(What::Routes(request::Routes::Off)));
     let plan = off.plan().unwrap();
     assert!(matches!(plan.steps[0].change, Change::DeleteRule(_)), "{:?}", changes(&plan));
-    assert_eq!(plan.steps.iter().filter(|step| matches!(step.change, Change::DeleteRoute(_))).count(), 2);
+    assert_eq!(plan.steps.iter().filter(|step| matches!(step.change, Change::DeleteRoute(..))).count(), 2);
 }
 
 #[test]
@@ -1409,4 +1639,121 @@ fn two_in_one_namespace_agree_on_the_gateway() {
     assert!(refused.refusal().unwrap().contains("rely on 10.0.2.1"), "{:?}", refused.refusal());
     let warned = second("9").ask(ADMIN, on_conflict(OnConflict::Warn)).plan().unwrap();
     assert!(warned.refusal().is_none() && warned.steps.is_empty(), "{:?}", changes(&warned));
+}
+
+/// eth1 has another address instead of one that it has.
+fn readdress(scene: &Scene, old: &str, new: &str) {
+    scene.host.netns(NS, |netns| {
+        let moved = netns.addresses.iter_mut().find(|own| own.ip == address(old)).expect("eth1's address");
+        moved.ip = address(new);
+    });
+}
+
+/// What is left in the namespace once everything has been performed and taken back.
+fn left_by(scene: &Scene, record: &Record, siblings: &[Record]) -> Vec<String> {
+    let mut kernel = scene.host.kernel(NS);
+    let facts = Facts { routing: Some(kernel.routing().unwrap()), ..kernel.facts(&[]).unwrap() };
+    for change in undo::in_namespace(record, siblings, &facts, 1, &mut Vec::new()) {
+        kernel.perform(&change).unwrap();
+    }
+    let routing = kernel.routing().unwrap();
+    let routes = routing.routes.iter().map(|route| route.by("it"));
+    routes.chain(routing.rules.iter().map(ToString::to_string)).collect()
+}
+
+fn gateway(last: &str) -> Asked {
+    Ok(What::Gateway("eth1".parse().unwrap(), address(&format!("10.0.2.{last}"))))
+}
+
+/// However far the hooks had come that were killed.
+#[test]
+fn what_was_there_before_killed_hooks_goes() {
+    let mut scene = two_uplinks(ADMIN).ask(ADMIN, gateway("1")).applied();
+    let applied = scene.previous.take().unwrap();
+    let killed = |scene: &Scene, plan: &Plan| {
+        let writer = Writer {
+            pid: 1,
+            start_time: 1,
+            follows: false,
+            before: Some(Box::new(applied.clone())),
+            killed: Vec::new(),
+        };
+        Some(Record { at_work: Some(writer), ..scene.record("web", plan) })
+    };
+    readdress(&scene, "10.0.2.2", "10.0.2.9");
+    scene = scene.ask(Rank::CommandLine, gateway("7"));
+    scene.previous = Some(applied.clone());
+    // One before it has done anything.
+    scene.previous = killed(&scene, &scene.plan().unwrap());
+    let plan = scene.plan().unwrap();
+    let done = changes(&plan).join("\n");
+    assert!(done.contains("delete the IPv4 rule from 10.0.2.2"), "{done}");
+    let (deleted, added) = (done.find("delete the route default via 10.0.2.1"), done.find("add the route default"));
+    assert!(deleted.is_some() && deleted < added, "{done}");
+    // One when it has done everything, and one more before it has done anything: of two that were interrupted, the last
+    // and what was in force before both are on record.
+    scene.perform(&plan);
+    readdress(&scene, "10.0.2.9", "10.0.2.5");
+    scene.previous = killed(&scene, &plan);
+    scene.previous = killed(&scene, &scene.plan().unwrap());
+    let plan = scene.plan().unwrap();
+    assert!(changes(&plan).join("\n").contains("delete the IPv4 rule from 10.0.2.9"), "{:?}", changes(&plan));
+    scene.perform(&plan);
+    assert_eq!(left_by(&scene, &scene.record("web", &plan), &[]), [""; 0]);
+}
+
+/// A table that nobody has any more is known until it is empty, whoever is killed and asks for other things then.
+#[test]
+fn a_table_that_is_being_emptied_is_not_forgotten() {
+    let mut scene = two_uplinks(ADMIN).ask(ADMIN, gateway("1")).applied();
+    scene = scene.ask(Rank::CommandLine, interface("eth1", "off"));
+    let plan = scene.plan().unwrap();
+    assert_eq!(plan.leaving_tables, [7800].into());
+    let killed = Record { leaving_tables: plan.leaving_tables.clone(), ..scene.record("web", &plan) };
+    assert_eq!(killed.tables(), [7800].into());
+    assert_eq!(left_by(&scene, &killed, &[]), [""; 0]);
+}
+
+/// Nobody takes away what another one's record has, and what neither has any more goes with the one who looks last.
+#[test]
+fn two_in_one_namespace_follow_an_address_together() {
+    let mut web = two_uplinks(ADMIN).ask(ADMIN, gateway("1")).applied();
+    let mut db = Scene::in_namespace_of(web.host.clone());
+    db.request = web.request.clone();
+    db.previous = web.previous.clone();
+    db.siblings = web.previous.iter().cloned().collect();
+    web.siblings = db.previous.iter().cloned().collect();
+    readdress(&web, "10.0.2.2", "10.0.2.9");
+    let plan = web.plan().unwrap();
+    web.perform(&plan);
+    let rules = |scene: &Scene| scene.host.kernel(NS).routing().unwrap().rules;
+    let old = |rule: &Rule| rule.from == Some(address("10.0.2.2"));
+    assert!(rules(&web).iter().any(old), "db's record still has it");
+    let web_now = web.record("web", &plan);
+    db.siblings = vec![web_now.clone()];
+    let plan = db.plan().unwrap();
+    db.perform(&plan);
+    assert!(!rules(&db).iter().any(old), "{:?}", rules(&db));
+    let db_now = db.record("db", &plan);
+    assert_eq!(left_by(&db, &web_now, std::slice::from_ref(&db_now)).len(), 4, "db has the way out still");
+    assert_eq!(left_by(&db, &db_now, &[]), [""; 0]);
+}
+
+/// The kernel has dropped everything; the record has not.
+#[test]
+fn the_table_of_an_interface_that_is_down_stays_its_own() {
+    let scene = two_uplinks(ADMIN).ask(ADMIN, gateway("1")).applied();
+    let up = scene.previous.as_ref().unwrap().interfaces[0].routing.clone();
+    scene.host.netns(NS, |netns| {
+        netns.routing = Default::default();
+        netns.no_route.insert(2);
+        let link = netns.links.iter_mut().find(|link| link.name == "eth1").unwrap();
+        link.flags &= !(libc::IFF_UP as u32);
+    });
+    let eth0: Asked = Ok(What::Gateway("eth0".parse().unwrap(), address("10.0.1.1")));
+    let plan = scene.ask(ADMIN, interface("eth0", "subflow")).ask(ADMIN, eth0).plan().unwrap();
+    assert_eq!(entry(&plan, "eth0").routing.as_ref().unwrap().table, 7801, "{:?}", changes(&plan));
+    let down = entry(&plan, "eth1");
+    assert_eq!((down.state, &down.routing), (State::Pending, &up));
+    assert!(down.reason.as_ref().unwrap().contains("eth1 is down"), "{down:?}");
 }

@@ -1,10 +1,11 @@
 //! How to take back what was set up for a container, as far as it is still ours and nobody else's. Pure, like the plan.
 
+use std::collections::BTreeSet;
+
+use super::routes;
 use crate::instance::Instance;
-use crate::kernel::{Change, Endpoint, Facts};
-use crate::ledger::record::{
-    Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedRouting, OwnedSetting, Record, Scope,
-};
+use crate::kernel::{Change, Endpoint, Facts, TableRoute};
+use crate::ledger::record::{Conflict, ConflictOutcome, LimitPair, OwnedEndpoint, OwnedLink, OwnedSetting, Record};
 use crate::request::flags::EndpointFlags;
 use crate::request::setting::{SettingKey, same};
 
@@ -26,10 +27,7 @@ pub fn in_namespace(
         }
     }
     changes.extend(routing(record, siblings, facts));
-    for interface in record.interfaces.iter().rev() {
-        let Some(owned) = &interface.link else { continue };
-        changes.extend(link(record, &interface.name, owned, siblings, facts));
-    }
+    changes.extend(record.all_links().filter_map(|(name, owned)| link(record, name, owned, siblings, facts)));
     if let (Some(limits), Some(now)) = (record.limits, facts.limits) {
         // No lower than what a sibling has recorded: it would take the lower one for somebody else's.
         let theirs = siblings.iter().filter_map(|sibling| sibling.limits).map(|limits| limits.set);
@@ -40,7 +38,7 @@ pub fn in_namespace(
             changes.push(Change::Limits(back.into()));
         }
     }
-    for owned in record.settings.iter().rev().filter(|owned| owned.scope == Scope::Netns && owned.claimed) {
+    for owned in record.all_netns_claims() {
         changes.extend(setting(record, owned, siblings, facts, time, conflicts));
     }
     changes
@@ -83,21 +81,17 @@ fn endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], facts: 
 
 /// What takes our rules away, and then the tables to which they led, unless a sibling uses them.
 fn routing(record: &Record, siblings: &[Record], facts: &Facts) -> Vec<Change> {
-    let of = |record: &Record| -> Vec<OwnedRouting> {
-        record.interfaces.iter().filter_map(|interface| interface.routing.clone()).collect()
-    };
-    let theirs: Vec<OwnedRouting> = siblings.iter().flat_map(of).collect();
     let Some(now) = &facts.routing else { return Vec::new() };
-    let ours: Vec<OwnedRouting> = record.versions().flat_map(of).collect();
-    let is_ours = |table: u32| !theirs.iter().any(|routing| routing.table == table);
-    let ours: Vec<&OwnedRouting> = ours.iter().filter(|owned| is_ours(owned.table)).collect();
-    // Of several versions, each thing once.
-    let rules = now.rules.iter().filter(|rule| ours.iter().any(|owned| owned.rules.contains(rule)));
-    let routes = now.routes.iter().filter(|route| ours.iter().any(|owned| owned.routes.contains(route)));
-    // The way to everywhere before what is on the link, which it stands on.
-    let (everywhere, near): (Vec<_>, Vec<_>) = routes.partition(|route| route.is_default());
-    let routes = everywhere.into_iter().chain(near).cloned();
-    rules.cloned().map(Change::DeleteRule).chain(routes.map(Change::DeleteRoute)).collect()
+    let theirs: BTreeSet<u32> = siblings.iter().flat_map(Record::tables).collect();
+    let ours =
+        record.tables().into_iter().filter(|table| !theirs.contains(table)).map(|table| routes::ours(now, table));
+    let (mut rules, mut routes) = (Vec::new(), Vec::new());
+    for owned in ours {
+        rules.extend(owned.rules.into_iter().map(Change::DeleteRule));
+        let name = |route: &TableRoute| routes::link_name(facts, route.ifindex);
+        routes.extend(owned.routes.into_iter().rev().map(|route| Change::DeleteRoute(route.clone(), name(&route))));
+    }
+    rules.into_iter().chain(routes).collect()
 }
 
 /// What puts an interface's flags back, if they are still ours.
@@ -137,6 +131,23 @@ pub fn setting(
     }
     let host = seen.host.value().map(String::from);
     Some(Change::NetnsSysctl { key: key.clone(), value: back, host })
+}
+
+/// The record of a value of ours that could not be put back, because the setting cannot be read from here.
+pub fn out_of_reach(instance: &Instance, key: &SettingKey, ours: &str, back: &str, time: u64) -> Conflict {
+    Conflict {
+        time,
+        container: instance.container.id.clone(),
+        key: key.to_string(),
+        wanted: back.into(),
+        kept: ours.into(),
+        holders: Vec::new(),
+        outcome: ConflictOutcome::Drift,
+        reason: format!(
+            "{key} cannot be read from here (another network namespace than the host's, or its module is gone), so that it \
+             was not put back from {ours} to {back}; run mptcp-hook repair in the host's network namespace"
+        ),
+    }
 }
 
 /// The record of a value that somebody else has changed.

@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
-use super::{Clash, Draft, Wanted, following, routes};
+use super::{ADDRESSES_MAX, Clash, Draft, Wanted, following, listed, routes};
 use crate::error::usage;
 use crate::kernel::upstream::backup_bug;
 use crate::kernel::{Address, Change, ENDPOINTS_MAX, Endpoint};
@@ -57,7 +57,7 @@ pub fn plan(draft: &mut Draft) -> Result<()> {
     }
     for (place, ways) in places.iter().zip(ways) {
         let mut entry = endpoints(draft, place)?;
-        ways.unwrap_or_default().enter(&mut entry);
+        ways.unwrap_or_default().enter(draft.input, &mut entry);
         draft.plan.interfaces.push(entry);
     }
     for one in &kept {
@@ -109,6 +109,8 @@ struct Candidate {
     address: IpAddr,
     /// Whether an earlier one of the same family stands before it on this interface.
     extra: bool,
+    /// Whether its turn comes only when those before it wait no more: nobody has looked for its way out.
+    is_behind: bool,
     chosen: bool,
 }
 
@@ -132,7 +134,8 @@ fn places<'a>(draft: &mut Draft<'a>, wanted: &[Wanted<'a>]) -> Vec<Place<'a>> {
                 continue;
             }
             let extra = candidates.iter().any(|c| c.address.is_ipv4() == address.ip.is_ipv4());
-            candidates.push(Candidate { address: address.ip, extra, chosen: false });
+            let is_behind = following::is_behind(draft.input, address);
+            candidates.push(Candidate { address: address.ip, extra, is_behind, chosen: false });
         }
         places.push(Place { wanted: one.clone(), flags, index: one.index, candidates });
     }
@@ -211,7 +214,7 @@ fn choose(draft: &Draft, places: &mut [Place]) {
             if place.is_glob() != glob {
                 continue;
             }
-            for candidate in place.candidates.iter_mut().filter(|c| c.extra == extra && !c.chosen) {
+            for candidate in place.candidates.iter_mut().filter(|c| c.extra == extra && !c.chosen && !c.is_behind) {
                 if free > 0 {
                     candidate.chosen = true;
                     free -= 1;
@@ -280,11 +283,20 @@ fn limits(draft: &mut Draft, chosen: &[(EndpointFlags, usize)]) -> Result<()> {
         return Ok(());
     }
     let set = lowered.max(needed);
+    let before = following::recorded_limits(input);
+    let mut corrected = before.and_then(|own| own.corrected);
+    if let Some(own) = before.filter(|_| set != now && !ours.iter().any(|own| own.set == now)) {
+        if corrected.is_some() {
+            following::leave_limits(draft, own, now);
+            return Ok(());
+        }
+        corrected = Some(input.time);
+    }
     if set != now {
         let why = "the endpoints and limits asked for";
         draft.step(Change::Limits(set.into()), Some(Change::Limits(now.into())), why);
     }
-    draft.plan.limits = Some(OwnedLimits { original, needed, set });
+    draft.plan.limits = Some(OwnedLimits { original, needed, set, corrected });
     Ok(())
 }
 
@@ -323,11 +335,20 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
     };
     let mut entry = place.wanted.entry(State::Applied, None);
     let mut left_out = Vec::new();
+    let mut impossible = Vec::new();
     for candidate in &place.candidates {
         if candidate.chosen {
             let owned = match left_alone(draft, &mut entry, candidate.address) {
                 Some(owned) => owned,
-                None => endpoint(draft, place, candidate.address, index)?,
+                None => match endpoint(draft, place, candidate.address, index) {
+                    // The container runs: what is possible is done.
+                    Err(error) if draft.input.follows => {
+                        entry.corrected = None;
+                        impossible.push(format!("{error:#}"));
+                        continue;
+                    }
+                    owned => owned.context(place.wanted.name.clone())?,
+                },
             };
             entry.endpoints.push(owned);
         } else {
@@ -344,8 +365,16 @@ fn endpoints(draft: &mut Draft, place: &Place) -> Result<Interface> {
             Some(address) => format!("{address} is a duplicate address (DAD failed), and there is no other yet"),
             None => "no usable address yet (global, not temporary, deprecated or failed)".into(),
         });
+    } else if !impossible.is_empty() {
+        let reason = impossible.join("; ");
+        draft.warn(format!("{}: {reason}", place.wanted.name));
+        entry.reason = Some(reason);
+        if entry.endpoints.is_empty() {
+            entry.state = State::Ignored;
+        }
     } else if !left_out.is_empty() {
-        let reason = format!("no endpoint for {}: a namespace has at most {ENDPOINTS_MAX}", left_out.join(", "));
+        let left_out = listed(&left_out, ADDRESSES_MAX);
+        let reason = format!("no endpoint for {left_out}: a namespace has at most {ENDPOINTS_MAX}");
         draft.warn(format!("{}: {reason}", place.wanted.name));
         entry.reason = Some(reason);
         if entry.endpoints.is_empty() {
@@ -422,7 +451,7 @@ fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Re
                 (fresh.id, None)
             } else {
                 bail!(
-                    "{name}: somebody else made the endpoint {address} (id {}) as {}, which cannot be changed to {}; delete it first: ip mptcp endpoint delete id {}",
+                    "somebody else made the endpoint {address} (id {}) as {}, which cannot be changed to {}; delete it first: ip mptcp endpoint delete id {}",
                     now.id,
                     EndpointFlags(now.flags).names().join(","),
                     place.flags.names().join(","),

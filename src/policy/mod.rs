@@ -10,9 +10,24 @@ pub use config::{OnError, Policy};
 /// The policy file, unless `--config` names another.
 pub const CONFIG_FILE: &str = "/etc/mptcp-hook/config.toml";
 
+use std::net::IpAddr;
+
 use crate::ledger::record::Scope;
+use crate::request::pattern::Pattern;
 use crate::request::setting::SettingKey;
-use crate::request::{OnConflict, Rank, Request, Source};
+use crate::request::{OnConflict, Rank, Request, Source, What, Wish};
+
+/// A gateway that is not to be had.
+pub struct Barred<'a> {
+    /// The wish for it.
+    pub wish: &'a Wish,
+    /// The interfaces that it is named for.
+    pub pattern: &'a Pattern,
+    /// The next hop.
+    pub gateway: IpAddr,
+    /// Why not.
+    pub reason: String,
+}
 
 impl Policy {
     /// Whether the interface `name` may be asked for by `source`. The error is the reason.
@@ -26,6 +41,15 @@ impl Policy {
         ))
     }
 
+    /// Whether interfaces of this pattern that are not there yet may be asked for by `source`. Each one that a glob matches
+    /// is judged by its own name when it comes.
+    pub fn allows_pattern(&self, source: &Source, pattern: &Pattern) -> Result<(), String> {
+        if !pattern.is_exact() && !self.annotations.interfaces.is_empty() {
+            return Ok(());
+        }
+        self.allows_interface(source, pattern.as_str())
+    }
+
     /// Whether limits may be asked for by `source`.
     pub fn allows_limit(&self, source: &Source) -> Result<(), String> {
         if source.rank.is_administrator() || self.annotations.limits {
@@ -34,15 +58,32 @@ impl Policy {
         Err(format!("annotations may not ask for limits: [annotations] limits = false in {}", self.place()))
     }
 
-    /// Whether routes may be asked for by `source`.
+    /// Whether routes may be asked for, and gateways named, by `source`.
     pub fn allows_routes(&self, source: &Source) -> Result<(), String> {
         if source.rank.is_administrator() || self.annotations.routes {
             return Ok(());
         }
         Err(format!(
-            "annotations may not ask for routes: [annotations] routes = true in {} would allow it",
+            "annotations may not ask for routes or name gateways: [annotations] routes = true in {} would allow it",
             self.place()
         ))
+    }
+
+    /// The next hop of the interface `name`, of those who may name one.
+    pub fn gateway(&self, request: &Request, name: &str, is_v4: bool) -> Option<IpAddr> {
+        let may = |source: &Source| self.allows_routes(source).is_ok();
+        request.gateway(name, is_v4, may).map(|(_, gateway)| gateway)
+    }
+
+    /// The gateways that nobody weightier outweighs and that are named by those who may not, each with the reason.
+    pub fn barred_gateways<'a>(&self, request: &'a Request) -> Vec<Barred<'a>> {
+        let barred = |wish: &'a Wish| {
+            let What::Gateway(pattern, gateway) = &wish.what else { return None };
+            let reason = self.allows_routes(&wish.source).err()?;
+            let (counts, _) = request.gateway(pattern.as_str(), gateway.is_ipv4(), |_| true)?;
+            (counts.source.rank == wish.source.rank).then_some(Barred { wish, pattern, gateway: *gateway, reason })
+        };
+        request.wishes().iter().filter_map(barred).collect()
     }
 
     /// Whether `key` may become `value` for `source`.

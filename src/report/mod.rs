@@ -2,6 +2,7 @@
 
 pub mod journal;
 pub mod json;
+mod table;
 pub mod text;
 
 use std::io::Write;

@@ -1,15 +1,18 @@
 //! Text for people: one line for a result, tables for `status`, a list for `--dry-run`.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt::{Display, Write};
 
 use crate::doctor::Diagnosis;
 use crate::doctor::finding::Severity;
 use crate::doctor::sockets::Shown;
 use crate::error::plain;
-use crate::kernel::RouteState;
+use crate::kernel::{self, Kind, RouteState};
 use crate::ledger::Following;
-use crate::ledger::record::{Conflict, Event, Failure, Outcome, Record, State};
+use crate::ledger::record::{Event, Failure, Outcome, Record, State};
 use crate::plan::Plan;
+use crate::report::table::{List, Table};
+use crate::request::setting::SettingKey;
 use crate::request::{Request, setting};
 use crate::status::{INTERRUPTED, Status};
 
@@ -48,7 +51,7 @@ pub fn applied(record: &Record, changed: bool, following: &Following) -> String 
     }
     let is_pending = record.interfaces.iter().any(|interface| interface.state == State::Pending);
     if let (false, Following::No(why), true) = (is_pending, following, record.needs_agent()) {
-        parts.push(format!("it is not followed when its addresses change: {why}"));
+        parts.push(format!("it is not followed when its addresses, links or routes change: {why}"));
     }
     parts.extend(record.warnings.iter().map(|warning| format!("warning: {warning}")));
     parts.join("; ")
@@ -58,30 +61,33 @@ pub fn applied(record: &Record, changed: bool, following: &Following) -> String 
 pub fn plan(request: &Request, plan: &Plan) -> String {
     let mut text = String::from("Asked for:\n");
     for wish in request.wishes() {
-        line(&mut text, format!("  {} = {}    ({})", wish.what.subject(), wish.what.value(), wish.source));
+        line(&mut text, format_args!("  {} = {}    ({})", wish.what.subject(), wish.what.value(), wish.source));
     }
     text += "Would be done:\n";
     for step in &plan.steps {
-        line(&mut text, format!("  {}    ({})", step.change, step.why));
+        line(&mut text, format_args!("  {}    ({})", step.change, step.why));
     }
     if plan.steps.is_empty() {
         text += "  nothing: it is as asked for\n";
     }
     for key in &plan.deferred {
-        line(&mut text, format!("  {key}: as asked for, once its module is loaded by the steps above"));
+        line(&mut text, format_args!("  {key}: as asked for, once its module is loaded by the steps above"));
+    }
+    if plan.looks_again {
+        text += "  rp_filter is looked at once these rules are there, and made loose where another rule comes before them\n";
     }
     for interface in plan.interfaces.iter().filter(|interface| interface.state != State::Applied) {
         let reason = interface.reason.as_deref().unwrap_or_default();
-        line(&mut text, format!("  {} stays {}: {reason}", interface.name, interface.state.name()));
+        line(&mut text, format_args!("  {} stays {}: {reason}", interface.name, interface.state.name()));
     }
     for owned in plan.settings.iter().filter(|owned| owned.outcome != Outcome::Applied) {
-        line(&mut text, format!("  {} = {}: {}", owned.key, owned.value, owned.outcome.name()));
+        line(&mut text, format_args!("  {} = {}: {}", owned.key, owned.value, owned.outcome.name()));
     }
     for conflict in &plan.conflicts {
-        line(&mut text, format!("Conflict ({}): {}", conflict.outcome.name(), conflict.reason));
+        line(&mut text, format_args!("Conflict ({}): {}", conflict.outcome.name(), conflict.reason));
     }
     for warning in &plan.warnings {
-        line(&mut text, format!("Warning: {warning}"));
+        line(&mut text, format_args!("Warning: {warning}"));
     }
     text
 }
@@ -89,22 +95,17 @@ pub fn plan(request: &Request, plan: &Plan) -> String {
 /// The tables of `status`.
 pub fn status(status: &Status) -> String {
     let mut text = format!("MPTCP of this kernel: {}\n", status.kernel.name());
+    if status.kernel == Kind::None {
+        text += &format!("{}.\n", kernel::without_mptcp());
+    }
     if status.rootless {
         text += "This ledger is one user's: it cannot protect host-wide values from others.\n";
     }
-    text += &containers(status);
+    containers(&mut text, status);
     if !status.settings.is_empty() {
         text += "\nHost-wide settings that containers rely on\n";
         let mut table = Table::new(["SETTING", "VALUE", "BEFORE", "RELIED ON BY"]);
         for setting in &status.settings {
-            let claims: Vec<Cow<str>> = setting
-                .claims
-                .iter()
-                .map(|claim| match setting::same(&setting.key, &claim.value, &setting.value) {
-                    true => claim.container.as_str().into(),
-                    false => format!("{} (at {}, overridden)", claim.container, claim.value).into(),
-                })
-                .collect();
             let mut value = setting::describe(&setting.key, &setting.value);
             if setting.drifted {
                 value += &format!(", changed by somebody to {}", setting.present.as_deref().unwrap_or("?"));
@@ -112,19 +113,33 @@ pub fn status(status: &Status) -> String {
             if setting.interrupted {
                 value += ", interrupted";
             }
-            let claims = or_dash(claims.join(", "));
-            table.add([setting.key.to_string().into(), value.into(), setting.original.as_str().into(), claims]);
+            let claims = List(&setting.claims, ", ", |claim, f| {
+                match setting::same(&setting.key, &claim.value, &setting.value) {
+                    true => f.write_str(&claim.container),
+                    false => write!(f, "{} (at {}, overridden)", claim.container, claim.value),
+                }
+            });
+            table.add([&setting.key, &value, &setting.original, &claims]);
         }
-        text += &table.text();
+        table.write(&mut text);
     }
     if !status.conflicts.is_empty() {
         text += "\nConflicts\n";
         let mut table =
             Table::new(["TIME (UTC)", "CONTAINER", "SETTING", "WANTED", "KEPT", "HOLDERS", "OUTCOME", "REASON"]);
         for conflict in &status.conflicts {
-            table.add(conflict_row(conflict));
+            table.add([
+                &utc(conflict.time),
+                &short(&conflict.container),
+                &conflict.key,
+                &conflict.wanted,
+                &conflict.kept,
+                &List(&conflict.holders, ", ", |id, f| f.write_str(short(id))),
+                &conflict.outcome.name(),
+                &conflict.reason,
+            ]);
         }
-        text += &table.text();
+        table.write(&mut text);
         dropped(&mut text, status.conflicts_dropped);
     }
     if !status.failures.is_empty() {
@@ -132,14 +147,14 @@ pub fn status(status: &Status) -> String {
         let mut table = Table::new(["TIME (UTC)", "CONTAINER", "EXIT", "REASON"]);
         for failure in &status.failures {
             let Failure { time, container, status, reason } = failure;
-            table.add([utc(*time).into(), short(container).into(), status.to_string().into(), reason.as_str().into()]);
+            table.add([&utc(*time), &short(container), status, reason]);
         }
-        text += &table.text();
+        table.write(&mut text);
         dropped(&mut text, status.failures_dropped);
     }
     for problem in &status.problems {
         text.push('\n');
-        line(&mut text, format!("Problem: {problem}"));
+        line(&mut text, format_args!("Problem: {problem}"));
     }
     text
 }
@@ -147,15 +162,15 @@ pub fn status(status: &Status) -> String {
 /// Says that a history had older lines.
 fn dropped(text: &mut String, number: usize) {
     if number > 0 {
-        line(text, format!("({number} older ones were dropped: the history is bounded)"));
+        line(text, format_args!("({number} older ones were dropped: the history is bounded)"));
     }
 }
 
-fn containers(status: &Status) -> String {
+fn containers(text: &mut String, status: &Status) {
     if status.containers.is_empty() {
-        return "No container is set up.\n".into();
+        *text += "No container is set up.\n";
+        return;
     }
-    let mut text = String::new();
     let mut rows =
         Table::new(["CONTAINER", "BY", "PID", "FOLLOWED", "INTERFACE", "FLAGS", "STATE", "ROUTE", "ENDPOINTS"]);
     for container in &status.containers {
@@ -167,79 +182,78 @@ fn containers(status: &Status) -> String {
             (None, false) => "(dead)".into(),
         };
         let followed = if container.followed { "yes" } else { "no" };
-        let mut first = [short(&record.name).into(), record.runtime.as_str().into(), pid.into(), followed.into()];
+        let name = short(&record.name);
         if record.interfaces.is_empty() {
-            let [name, runtime, pid, followed] = first;
             // Else each of its interfaces says so.
             let state = if container.interrupted { State::Interrupted.name() } else { "-" };
-            rows.add([name, runtime, pid, followed, "-".into(), "-".into(), state.into(), "-".into(), "-".into()]);
+            rows.add([&name, &record.runtime, &pid, &followed, &"-", &"-", &state, &"-", &"-"]);
             continue;
         }
+        let nothing: [&dyn Display; 4] = [&"", &"", &"", &""];
+        let mut first: [&dyn Display; 4] = [&name, &record.runtime, &pid, &followed];
         for interface in &record.interfaces {
-            let endpoints: Vec<String> =
-                interface.endpoints.iter().map(|e| format!("{} id {}", e.address, e.id)).collect();
             let route = match interface.route {
                 RouteState::Ok => "ok",
                 RouteState::Missing => "missing",
                 RouteState::Unknown => "-",
             };
-            let [name, runtime, pid, followed] = std::mem::take(&mut first);
+            let [name, runtime, pid, followed] = std::mem::replace(&mut first, nothing);
             rows.add([
                 name,
                 runtime,
                 pid,
                 followed,
-                interface.name.as_str().into(),
-                interface.flags.join(",").into(),
-                interface.state.name().into(),
-                route.into(),
-                or_dash(endpoints.join(", ")),
+                &interface.name,
+                &List(&interface.flags, ",", |flag, f| f.write_str(flag)),
+                &interface.state.name(),
+                &route,
+                &List(&interface.endpoints, ", ", |e, f| write!(f, "{} id {}", e.address, e.id)),
             ]);
         }
     }
-    text += &rows.text();
+    rows.write(text);
     let settings: Vec<_> = status.containers.iter().filter(|container| !container.record.settings.is_empty()).collect();
     if !settings.is_empty() {
-        text += "\nSettings of containers\n";
+        *text += "\nSettings of containers\n";
         let mut rows = Table::new(["CONTAINER", "SETTING", "VALUE", "SCOPE", "OUTCOME"]);
+        let keys = settings.iter().flat_map(|container| &container.record.settings).map(|owned| &owned.key);
+        let mut names: BTreeMap<&SettingKey, String> = BTreeMap::new();
+        for key in keys {
+            names.entry(key).or_insert_with(|| key.to_string());
+        }
         for container in settings {
             for owned in &container.record.settings {
                 let mut value = setting::describe(&owned.key, &owned.value);
                 if let Some(now) = container.drifted(&owned.key) {
                     value += &format!(", changed by somebody to {}", setting::describe(&owned.key, now));
                 }
-                rows.add([
-                    short(&container.record.name).into(),
-                    owned.key.to_string().into(),
-                    value.into(),
-                    owned.scope.name().into(),
-                    owned.outcome.name().into(),
-                ]);
+                let name = short(&container.record.name);
+                rows.add([&name, &names[&owned.key], &value, &owned.scope.name(), &owned.outcome.name()]);
             }
         }
-        text += &rows.text();
+        rows.write(text);
     }
     for container in &status.containers {
         let name = short(&container.record.name);
         if container.interrupted && container.record.interfaces.is_empty() {
-            line(&mut text, format!("{name}: {INTERRUPTED}"));
+            line(text, format_args!("{name}: {INTERRUPTED}"));
         }
         if let Some(why) = &container.not_followed {
-            line(&mut text, format!("{name}: nobody follows it: {why}"));
+            line(text, format_args!("{name}: nobody follows it: {why}"));
         }
         for interface in &container.record.interfaces {
             if let Some(Event { time, what }) = &interface.last {
-                line(&mut text, format!("{name}: {} at {} UTC: {what}", interface.name, utc(*time)));
+                line(text, format_args!("{name}: {} at {} UTC: {what}", interface.name, utc(*time)));
             }
         }
         for warning in &container.record.warnings {
-            line(&mut text, format!("Warning: {}: {warning}", short(&container.record.name)));
+            line(text, format_args!("Warning: {}: {warning}", short(&container.record.name)));
         }
         for interface in container.record.interfaces.iter().filter(|interface| interface.state != State::Applied) {
             if let Some(reason) = &interface.reason {
                 line(
-                    &mut text,
-                    format!(
+                    text,
+                    format_args!(
                         "{}: {} is {}: {reason}",
                         short(&container.record.name),
                         interface.name,
@@ -249,29 +263,32 @@ fn containers(status: &Status) -> String {
             }
         }
     }
-    text
 }
 
 /// What the doctor found, each with what was read, why it matters and what mends it.
 pub fn doctor(diagnosis: &Diagnosis) -> String {
     let mut text = String::new();
-    line(&mut text, diagnosis.target.clone().unwrap_or_else(|| "This host".into()));
+    line(&mut text, diagnosis.target.as_deref().unwrap_or("This host"));
     for (about, value) in &diagnosis.facts {
-        line(&mut text, format!("  {about}: {value}"));
+        line(&mut text, format_args!("  {about}: {value}"));
     }
     for finding in &diagnosis.findings {
         let place = finding.interface.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
         text.push('\n');
-        line(&mut text, format!("{} {}{place}: {}", finding.severity.name().to_uppercase(), finding.id, finding.what));
+        line(
+            &mut text,
+            format_args!("{} {}{place}: {}", finding.severity.name().to_uppercase(), finding.id, finding.what),
+        );
         let parts = [
             ("read:", Some(finding.evidence.as_str()).filter(|evidence| !evidence.is_empty())),
             ("why: ", Some(finding.why)),
             ("mend:", finding.mend.as_deref()),
             ("run: ", finding.command.as_deref()),
+            ("or:  ", finding.by_hand.as_deref()),
         ];
         for (name, part) in parts {
             if let Some(part) = part {
-                line(&mut text, format!("  {name:<5} {part}"));
+                line(&mut text, format_args!("  {name:<5} {part}"));
             }
         }
     }
@@ -301,7 +318,7 @@ fn subflows(text: &mut String, title: &str, subflows: &[Shown]) {
         return;
     }
     text.push('\n');
-    line(text, title.into());
+    line(text, title);
     let mut table =
         Table::new(["CONNECTION", "LOCAL", "PEER", "LEAVES BY", "STATE", "FLAGS", "BACKUP", "SENT", "RECEIVED"]);
     for subflow in subflows {
@@ -312,94 +329,37 @@ fn subflows(text: &mut String, title: &str, subflows: &[Shown]) {
             (false, false) => "-",
         };
         table.add([
-            subflow.connection.as_str().into(),
-            subflow.local.as_str().into(),
-            subflow.peer.as_str().into(),
-            subflow.interface.as_deref().unwrap_or("-").into(),
-            subflow.state.into(),
-            subflow.flags.as_str().into(),
-            backup.into(),
-            subflow.sent.to_string().into(),
-            subflow.received.to_string().into(),
+            &subflow.connection,
+            &subflow.local,
+            &subflow.peer,
+            &subflow.interface.as_deref().unwrap_or("-"),
+            &subflow.state,
+            &subflow.flags,
+            &backup,
+            &subflow.sent,
+            &subflow.received,
         ]);
     }
-    *text += &table.text();
+    table.write(text);
 }
 
 /// Appends a line. A container's author may have had a word in it: it stays one line, without control characters.
-fn line(text: &mut String, line: String) {
-    *text += &plain(line);
+fn line(text: &mut String, line: impl Display) {
+    let begin = text.len();
+    // Writing to a string never fails.
+    let _ = write!(text, "{line}");
+    if text[begin..].contains(char::is_control) {
+        let plain = plain(&text[begin..]);
+        text.truncate(begin);
+        *text += &plain;
+    }
     text.push('\n');
-}
-
-fn conflict_row(conflict: &Conflict) -> [Cow<'_, str>; 8] {
-    [
-        utc(conflict.time).into(),
-        short(&conflict.container).into(),
-        conflict.key.as_str().into(),
-        conflict.wanted.as_str().into(),
-        conflict.kept.as_str().into(),
-        or_dash(conflict.holders.iter().map(|id| short(id)).collect::<Vec<_>>().join(", ")),
-        conflict.outcome.name().into(),
-        conflict.reason.as_str().into(),
-    ]
-}
-
-/// Columns under their headings, the cells aligned to the left. Its own few lines, because ten thousand containers make
-/// more cells than what can draw every kind of table gets through in a second.
-struct Table<'a, const N: usize> {
-    rows: Vec<[Cow<'a, str>; N]>,
-}
-
-impl<'a, const N: usize> Table<'a, N> {
-    fn new(header: [&'a str; N]) -> Self {
-        Self { rows: vec![header.map(Cow::Borrowed)] }
-    }
-
-    fn add(&mut self, row: [Cow<'a, str>; N]) {
-        self.rows.push(row.map(|cell| match cell.contains(char::is_control) {
-            true => cell.replace(char::is_control, " ").into(),
-            false => cell,
-        }));
-    }
-
-    /// The lines, without the blanks at their ends.
-    fn text(&self) -> String {
-        let mut widths = [0; N];
-        for row in &self.rows {
-            for (width, cell) in widths.iter_mut().zip(row) {
-                *width = cell_width(cell).max(*width);
-            }
-        }
-        let mut text = String::new();
-        for row in &self.rows {
-            let mut blanks = 0;
-            for (cell, width) in row.iter().zip(widths) {
-                if !cell.is_empty() {
-                    text.extend(std::iter::repeat_n(' ', blanks));
-                    text.push_str(cell);
-                    blanks = 0;
-                }
-                blanks += width - cell_width(cell) + 2;
-            }
-            text.push('\n');
-        }
-        text
-    }
-}
-
-fn cell_width(cell: &str) -> usize {
-    if cell.is_ascii() { cell.len() } else { cell.chars().count() }
 }
 
 /// Engines' ids have 64 digits; twelve are what they show themselves.
 fn short(id: &str) -> &str {
     let is_hash = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
     if is_hash { &id[..12] } else { id }
-}
-
-fn or_dash(text: String) -> Cow<'static, str> {
-    if text.is_empty() { "-".into() } else { text.into() }
 }
 
 /// `2026-01-31 12:34:56`. The civil date from days since 1970 (H. Hinnant, "chrono-Compatible Low-Level Date Algorithms").
@@ -423,7 +383,7 @@ mod tests {
     #[test]
     fn what_others_wrote_stays_on_its_line() {
         let mut text = String::new();
-        line(&mut text, "Warning: a\n\u{1b}[2Jb".into());
+        line(&mut text, "Warning: a\n\u{1b}[2Jb");
         assert_eq!(text, "Warning: a\\n\\u{1b}[2Jb\n");
     }
 

@@ -129,13 +129,21 @@ impl fmt::Display for InterfaceFlags {
     }
 }
 
+/// The words of a list with commas or blanks between them; where nothing stands between two commas, an empty one.
+pub fn words(list: &str) -> impl Iterator<Item = &str> {
+    list.split(',').flat_map(|part| {
+        let empty = part.trim().is_empty().then_some("");
+        empty.into_iter().chain(part.split_whitespace())
+    })
+}
+
 impl FromStr for InterfaceFlags {
     type Err = String;
 
     /// Reads `FLAG[,FLAG...]` or a raw number. The error is one sentence without a full stop.
     fn from_str(text: &str) -> Result<Self, String> {
         let said = shown(text);
-        let words: Vec<&str> = text.split(',').map(str::trim).collect();
+        let words: Vec<&str> = words(text).collect();
         if words.iter().any(|word| word.is_empty()) {
             return Err(format!(
                 "\"{said}\" has an empty flag; write subflow, signal, backup, fullmesh, laminar, off, default or a number such as 0x101003"
@@ -224,7 +232,9 @@ mod tests {
         assert_eq!(parse("signal,backup"), Ok("signal,backup".into()));
         assert_eq!(parse("fullmesh"), Ok("subflow,fullmesh".into()));
         assert_eq!(parse("laminar"), Ok("laminar".into()));
-        assert_eq!(parse("subflow, signal"), Ok("subflow,signal".into()));
+        for list in ["subflow,signal", "subflow, signal", "subflow signal", " subflow\tsignal "] {
+            assert_eq!(parse(list), Ok("subflow,signal".into()), "{list}");
+        }
         assert_eq!(parse("off"), Ok("off".into()));
     }
 
@@ -243,7 +253,8 @@ mod tests {
 
     #[test]
     fn contradictions_and_typos_are_errors() {
-        for bad in ["signal,fullmesh", "off,backup", "default,subflow", "", "backup,", "implicit", "backup subflow"] {
+        for bad in ["signal,fullmesh", "off,backup", "default,subflow", "", "backup,", "implicit", "backup ,, subflow"]
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
         assert!(parse("bakup").unwrap_err().contains("did you mean backup"));

@@ -19,11 +19,16 @@ use setting::SettingKey;
 /// The most that `subflows` and `add_addr_accepted` can be (`MPTCP_PM_ADDR_MAX` in the kernel's `net/mptcp/protocol.h`).
 pub const LIMIT_MAX: u32 = 8;
 
+/// The most wishes that one container may have. An annotation has room for tens of thousands; each of them costs time in the
+/// container's start and stands in the ledger.
+pub const WISHES_MAX: usize = 256;
+
 /// Who may say something, from the least to the most weighty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rank {
-    /// `linux.sysctl` of the bundle: the runtime writes it (runc after the hook), whatever we do.
+    /// `linux.sysctl` of the bundle: the runtime writes it (runc after the hook), whatever we do. And gateways that an
+    /// engine has written down.
     Runtime,
     /// `defaults` of the policy file.
     PolicyDefault,
@@ -282,7 +287,13 @@ pub struct Request {
 }
 
 impl Request {
-    /// Adds a wish. Two of the same rank about the same thing must agree, else it is a wrong usage (exit 2).
+    /// Gives back the memory that reading has set aside for more.
+    pub fn shrink(&mut self) {
+        self.wishes.shrink_to_fit();
+    }
+
+    /// Adds a wish. Two of the same rank about the same thing must agree, and there are at most [`WISHES_MAX`], else it is a
+    /// wrong usage (exit 2).
     pub fn add(&mut self, wish: Wish) -> anyhow::Result<()> {
         let subject = wish.what.subject();
         let twin =
@@ -294,6 +305,11 @@ impl Request {
                 other.what.value(),
                 other.source,
                 wish.what.value(),
+                wish.source
+            ))),
+            None if self.wishes.len() == WISHES_MAX => Err(usage(format!(
+                "more than {WISHES_MAX} things are asked for; the first too many is {} by {}",
+                shown(&subject),
                 wish.source
             ))),
             None => {
@@ -387,15 +403,25 @@ impl Request {
         patterns
     }
 
-    /// The next hop of an interface: the weightiest source; in it an exact name before a glob.
-    pub fn gateway(&self, name: &str, is_v4: bool) -> Option<IpAddr> {
-        let asked = self.wishes.iter().filter_map(|wish| match &wish.what {
+    /// The next hop of an interface that is asked for by those who `may` name one: the weightiest source; in it an exact
+    /// name before a glob.
+    pub fn gateway(&self, name: &str, is_v4: bool, may: impl Fn(&Source) -> bool) -> Option<(&Wish, IpAddr)> {
+        self.next_hop(name, is_v4, |source| source.rank != Rank::Runtime && may(source))
+    }
+
+    /// The next hop of an interface that the engine has written down.
+    pub fn engines_gateway(&self, name: &str, is_v4: bool) -> Option<IpAddr> {
+        self.next_hop(name, is_v4, |source| source.rank == Rank::Runtime).map(|(_, gateway)| gateway)
+    }
+
+    fn next_hop(&self, name: &str, is_v4: bool, of: impl Fn(&Source) -> bool) -> Option<(&Wish, IpAddr)> {
+        let asked = self.wishes.iter().filter(|wish| of(&wish.source)).filter_map(|wish| match &wish.what {
             What::Gateway(pattern, gateway) if pattern.matches(name) && gateway.is_ipv4() == is_v4 => {
-                Some(((wish.source.rank, pattern.is_exact()), *gateway))
+                Some(((wish.source.rank, pattern.is_exact()), (wish, *gateway)))
             }
             _ => None,
         });
-        asked.max_by_key(|(weight, _)| *weight).map(|(_, gateway)| gateway)
+        asked.max_by_key(|(weight, _)| *weight).map(|(_, found)| found)
     }
 
     /// The wish for ways out, if there is one.
@@ -458,11 +484,19 @@ impl Request {
 
     /// The name to show, if one was given.
     pub fn name(&self) -> Option<&str> {
-        let name = self.weightiest(|what| matches!(what, What::Name(_)).then_some(()));
-        name.and_then(|(wish, ())| match &wish.what {
+        self.asked_name().and_then(|wish| match &wish.what {
             What::Name(name) => Some(name.as_str()),
             _ => None,
         })
+    }
+
+    /// Whether the name to show is the container author's word alone.
+    pub fn is_named_by_annotation(&self) -> bool {
+        self.asked_name().is_some_and(|wish| !wish.source.rank.is_administrator())
+    }
+
+    fn asked_name(&self) -> Option<&Wish> {
+        self.weightiest(|what| matches!(what, What::Name(_)).then_some(())).map(|(wish, ())| wish)
     }
 
     fn weightiest<T>(&self, pick: impl Fn(&What) -> Option<T>) -> Option<(&Wish, T)> {
@@ -498,13 +532,14 @@ pub fn limit(name: &str, value: &str) -> Result<What, String> {
     }
 }
 
-/// Reads the wishes for an interface: `NAME` and `FLAG[,FLAG...][,gateway=ADDRESS]`, with a gateway for each family.
+/// Reads the wishes for an interface: `NAME` and `FLAG[,FLAG...][,gateway=ADDRESS]`, with a gateway for each family. Blanks
+/// separate as well: podman before 5.0 splits an annotation at its commas.
 pub fn interface(name: &str, flags: &str) -> Result<Vec<What>, String> {
     let pattern: Pattern = name.trim().parse()?;
     let mut words = Vec::new();
     let mut gateways = Vec::new();
-    for word in flags.split(',') {
-        let Some(text) = word.trim().strip_prefix("gateway=") else {
+    for word in flags::words(flags) {
+        let Some(text) = word.strip_prefix("gateway=") else {
             words.push(word);
             continue;
         };
@@ -665,9 +700,11 @@ mod tests {
             wish(Ok(What::Gateway("eth1".parse().unwrap(), "10.0.2.1".parse().unwrap())), Rank::HookArgument),
             wish(Ok(What::Gateway("eth2".parse().unwrap(), "10.0.3.1".parse().unwrap())), Rank::Annotation),
         ]);
-        let gateway = |name| asked.gateway(name, true).map(|gateway| gateway.to_string());
+        let gateway = |name| asked.gateway(name, true, |_| true).map(|(_, gateway)| gateway.to_string());
         assert_eq!((gateway("eth1").as_deref(), gateway("eth2").as_deref()), (Some("10.0.2.1"), Some("10.0.0.1")));
-        assert_eq!(asked.gateway("eth1", false), None);
+        assert_eq!(asked.gateway("eth1", false, |_| true), None);
+        let authors = asked.gateway("eth2", true, |source| !source.rank.is_administrator());
+        assert_eq!(authors.map(|(_, gateway)| gateway.to_string()).as_deref(), Some("10.0.3.1"));
     }
 
     fn request(wishes: Vec<Wish>) -> Request {

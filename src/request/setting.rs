@@ -10,6 +10,12 @@ use crate::error::shown;
 /// The longest value that is passed on; the kernel's own buffers for these files are one page.
 const VALUE_MAX: usize = 4096;
 
+/// The longest sysctl key, in bytes: the name of its lock in the ledger, which has some more, has to be a file's name.
+const KEY_MAX: usize = 240;
+
+/// What people are shown of a value, in characters.
+const SHOWN_MAX: usize = 160;
+
 /// The name of one setting. It serializes as its `Display` form, which `parse` reads back.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -29,7 +35,7 @@ impl SettingKey {
             Some(at) if key.as_bytes()[at] == b'/' => {
                 key.trim_start_matches('/').trim_start_matches("proc/sys/").to_string()
             }
-            Some(_) => key
+            Some(_) if key.contains('/') => key
                 .chars()
                 .map(|c| match c {
                     '.' => '/',
@@ -37,22 +43,24 @@ impl SettingKey {
                     other => other,
                 })
                 .collect(),
+            Some(_) => key.replace('.', "/"),
         };
-        let parts: Vec<&str> = path.split('/').collect();
-        if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
+        if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
             return Err(format!("sysctl key \"{}\" has an empty, \".\" or \"..\" part", shown(key)));
         }
-        if let Some(bad) = path.chars().find(|c| !(c.is_ascii_alphanumeric() || "_-.:@/".contains(*c))) {
+        let is_fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '@' | '/');
+        if let Some(bad) = path.chars().find(|&c| !is_fine(c)) {
             return Err(format!("sysctl key \"{}\" has the character {bad:?}", shown(key)));
         }
-        if path.len() > 255 {
-            return Err("the sysctl key is longer than 255 characters".into());
+        if path.len() > KEY_MAX {
+            return Err(format!("the sysctl key is longer than {KEY_MAX} characters"));
         }
-        if parts[0] != "net" || parts.len() < 2 {
+        if !path.starts_with("net/") {
             return Err(format!("{key} is not a net.* sysctl; only those and MPTCP module parameters may be set here"));
         }
-        let dotted = !key.starts_with("net/") && !key.starts_with('/') && key.contains('.') && !key.contains('/');
-        if dotted && parts.len() > 5 && matches!(parts[2], "conf" | "neigh") {
+        let dotted = !key.contains('/') && path.bytes().filter(|&byte| byte == b'/').count() > 4;
+        let parts: Vec<&str> = if dotted { path.split('/').collect() } else { Vec::new() };
+        if dotted && matches!(parts[2], "conf" | "neigh") {
             let name = parts[3..parts.len() - 1].join(".");
             return Err(format!(
                 "{key} could be two files; for the interface {name} write {}/{name}/{}",
@@ -176,6 +184,9 @@ fn plain(digits: &str, radix: u32) -> Option<i128> {
 
 /// Whether two values of `key` are the same to the kernel: field by field, integers by their value.
 pub fn same(key: &SettingKey, a: &str, b: &str) -> bool {
+    if a == b {
+        return true;
+    }
     let (a, b): (Vec<&str>, Vec<&str>) = (a.split_whitespace().collect(), b.split_whitespace().collect());
     a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| same_field(key, a, b))
 }
@@ -226,7 +237,7 @@ pub fn is_enabled_bits(key: &SettingKey) -> bool {
     key.sysctl_path() == Some("net/mptcp/mptcp_enabled")
 }
 
-/// A value for people: the bits of `mptcp_enabled` by name, everything else as it is.
+/// A value for people: the bits of `mptcp_enabled` by name, everything else as it is, cut where nobody would read on.
 pub fn describe(key: &SettingKey, value: &str) -> String {
     match integer(value) {
         Some(bits) if is_enabled_bits(key) => {
@@ -237,7 +248,10 @@ pub fn describe(key: &SettingKey, value: &str) -> String {
                 .collect();
             format!("{value} ({})", if names.is_empty() { "off".into() } else { names.join(", ") })
         }
-        _ => value.to_string(),
+        _ => match value.char_indices().nth(SHOWN_MAX) {
+            Some((end, _)) => format!("{}…", &value[..end]),
+            None => value.into(),
+        },
     }
 }
 
@@ -332,5 +346,6 @@ mod tests {
         assert!(!same(&key, "1", "5"));
         assert_eq!(describe(&key, "5"), "5 (on, no clients)");
         assert_eq!(describe(&key, "0"), "0 (off)");
+        assert_eq!(describe(&key, &"ä".repeat(4000)), format!("{}…", "ä".repeat(160)));
     }
 }

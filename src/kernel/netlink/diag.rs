@@ -26,10 +26,14 @@ const SUBFLOW_FLAGS: u16 = 8;
 const SUBFLOW_ID_LOCAL: u16 = 10;
 /// `INET_DIAG_REQ_PROTOCOL`: protocols that do not fit into a byte (Linux 5.9).
 const REQ_PROTOCOL: u16 = 3;
+/// One for experiments (RFC 3692), whose sockets no kernel lists.
+const NOBODYS_PROTOCOL: u8 = 253;
 /// `IPPROTO_MPTCP` (`include/uapi/linux/in.h`).
 const IPPROTO_MPTCP: u32 = 262;
 /// Where `struct tcp_info` has `tcpi_bytes_acked` and, behind it, `tcpi_bytes_received`.
 const TCP_INFO_BYTES: usize = 120;
+/// Where it has `tcpi_bytes_sent` (Linux 4.19).
+const TCP_INFO_SENT: usize = 200;
 /// Where `struct mptcp_info` has `mptcpi_token`.
 const MPTCP_INFO_TOKEN: usize = 12;
 
@@ -81,6 +85,7 @@ impl Subflow {
     const JOINED: u32 = 1 << 2 | 1 << 3;
     const BACKUP_REMOTE: u32 = 1 << 4;
     const BACKUP_LOCAL: u32 = 1 << 5;
+    const FULLY_ESTABLISHED: u32 = 1 << 6;
 
     /// Whether it is a further path of its connection, not the first.
     pub fn is_join(&self) -> bool {
@@ -95,6 +100,12 @@ impl Subflow {
     /// Whether the other side took MPTCP up. If it did not, the established connection is plain TCP.
     pub fn is_agreed(&self) -> bool {
         self.flags & Self::AGREED != 0
+    }
+
+    /// Whether the other side has acknowledged or sent something since the handshake. Before, the kernel makes no
+    /// further path of the connection.
+    pub fn is_fully_established(&self) -> bool {
+        self.flags & Self::FULLY_ESTABLISHED != 0
     }
 
     /// Whether this side asked for a backup path.
@@ -133,8 +144,8 @@ pub struct TcpSocket {
     pub is_mptcp: bool,
     /// What it is to its connection; none of a listening socket, or where the kernel does not say.
     pub subflow: Option<Subflow>,
-    /// Bytes that the other side has acknowledged.
-    pub acknowledged: u64,
+    /// Bytes that were sent; before Linux 4.19 those that the other side has acknowledged, the SYN counted as one.
+    pub sent: u64,
     /// Bytes that have arrived.
     pub received: u64,
 }
@@ -155,7 +166,7 @@ impl TcpSocket {
             inode: word(info, 68),
             is_mptcp: false,
             subflow: None,
-            acknowledged: 0,
+            sent: 0,
             received: 0,
         };
         for attribute in attributes(rest) {
@@ -163,7 +174,8 @@ impl TcpSocket {
                 (INET_DIAG_INFO, value) => {
                     let number =
                         |at: usize| value.get(at..at + 8).map_or(Ok(0), |bytes| array(bytes).map(u64::from_ne_bytes));
-                    socket.acknowledged = number(TCP_INFO_BYTES)?;
+                    let has_sent = value.len() >= TCP_INFO_SENT + 8;
+                    socket.sent = number(if has_sent { TCP_INFO_SENT } else { TCP_INFO_BYTES })?;
                     socket.received = number(TCP_INFO_BYTES + 8)?;
                 }
                 (INET_DIAG_ULP_INFO, value) => socket.read_ulp(value)?,
@@ -291,8 +303,8 @@ impl Diag {
     ) -> Result<Vec<T>> {
         let mut request = [0; 56];
         request[0] = u8::try_from(family)?;
-        // Where the attribute counts, the kernel looks at the lower byte alone if it does not know it: that is TCP's.
-        request[1] = libc::IPPROTO_TCP as u8;
+        // Where the attribute counts, an older kernel looks here: not at TCP's sockets, as the number's lower byte says.
+        request[1] = if protocol.is_some() { NOBODYS_PROTOCOL } else { libc::IPPROTO_TCP as u8 };
         request[2] = 1 << (INET_DIAG_INFO - 1);
         let states = TcpState::ALL.iter().fold(0u32, |states, (number, _)| states | 1 << number);
         request[4..8].copy_from_slice(&states.to_ne_bytes());
@@ -330,9 +342,10 @@ mod tests {
             .attribute(SUBFLOW_FLAGS, &0b110_1100u32.to_ne_bytes())
             .attribute(SUBFLOW_ID_LOCAL, &[1]);
         let ulp = Body::new(&[]).attribute(ULP_NAME, b"mptcp\0").nested(ULP_MPTCP, &subflow);
-        let mut tcp_info = [0; 136];
+        let mut tcp_info = [0; 208];
         tcp_info[120] = 5;
         tcp_info[128] = 6;
+        tcp_info[200] = 4;
         payload(Body::new(&info).attribute(INET_DIAG_INFO, &tcp_info).nested(INET_DIAG_ULP_INFO, &ulp))
     }
 
@@ -351,12 +364,13 @@ mod tests {
                 inode: 99,
                 is_mptcp: true,
                 subflow: Some(subflow),
-                acknowledged: 5,
+                sent: 4,
                 received: 6,
             }
         );
         assert_eq!(subflow.letters(), "Jjbe");
         assert!(subflow.is_join() && subflow.is_backup() && !subflow.is_peers_backup());
+        assert!(subflow.is_fully_established() && !Subflow { flags: 0b11, ..subflow }.is_fully_established());
         assert_eq!(TcpSocket::parse(&message(6)).unwrap(), None, "TIME-WAIT");
         assert!(TcpSocket::parse(&[0; 71]).is_err());
         torment(&message(1), |message| drop(TcpSocket::parse(message)));

@@ -6,6 +6,7 @@
 pub mod diag;
 pub mod events;
 pub mod mptcp_pm;
+pub mod neighbours;
 pub mod route;
 pub mod routing;
 pub mod ways;

@@ -1,32 +1,23 @@
-//! Links, addresses and routes of a network namespace: rtnetlink (rtnetlink(7), `include/uapi/linux/rtnetlink.h`,
+//! Links and addresses of a network namespace: rtnetlink (rtnetlink(7), `include/uapi/linux/rtnetlink.h`,
 //! `if_link.h`, `if_addr.h`). Only the attributes that are needed are looked at, so that neither an older nor a newer
 //! kernel's set of them matters.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use nix::errno::Errno;
 
-use super::{Body, Connection, array, attributes, errno, header, ip, text};
+use super::{Body, Connection, array, attributes, header, ip, text};
 use crate::deadline::Deadline;
 
 /// Leave the counters out of the dump: they are the largest part of it, and not needed.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
-/// Answer with the routing table's entry (Linux 4.13).
-const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 const IFA_F_TEMPORARY: u32 = 0x01;
 const IFA_F_DADFAILED: u32 = 0x08;
 const IFA_F_DEPRECATED: u32 = 0x20;
 const IFA_F_TENTATIVE: u32 = 0x40;
 const IFA_F_PERMANENT: u32 = 0x80;
-
-/// Public addresses that no interface's own network contains: the abandoned 6to4 anycast prefix (RFC 7526) and the
-/// newer documentation prefix (RFC 9637). What leads there is a default route, or as good as one. The well-known
-/// documentation networks do not serve: people number their test networks with them. Nothing is ever sent.
-const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
-const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,9 +35,10 @@ pub struct Link {
 }
 
 impl Link {
-    /// Whether packets can pass: it is up, and so is its other end.
+    /// Whether packets can pass: it is up, and so is its other end. IFF_RUNNING would tell as well, but up to a second later
+    /// (kernel `net/core/link_watch.c`).
     pub fn is_running(&self) -> bool {
-        let needed = (libc::IFF_UP | libc::IFF_RUNNING) as u32;
+        let needed = (libc::IFF_UP | libc::IFF_LOWER_UP) as u32;
         self.flags & needed == needed
     }
 
@@ -151,17 +143,6 @@ impl Address {
     }
 }
 
-/// Whether packets from an address find a way out through its interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouteAnswer {
-    /// There is a route.
-    Usable,
-    /// There is none, or the interface is down or the address not assigned: no subflow would ever be established.
-    Missing,
-    /// The kernel cannot tell.
-    Unknown,
-}
-
 /// An rtnetlink connection to the network namespace in which it was opened.
 pub struct Route {
     connection: Connection,
@@ -174,7 +155,7 @@ impl Route {
         Ok(Self { connection })
     }
 
-    /// The socket, for the tables and rules.
+    /// The socket, for the ways out, the tables and the rules.
     pub(super) fn connection(&mut self) -> &mut Connection {
         &mut self.connection
     }
@@ -206,113 +187,6 @@ impl Route {
         info[12..16].copy_from_slice(&mask.to_ne_bytes());
         self.connection.command(libc::RTM_SETLINK, &Body::new(&info)).with_context(attempt)
     }
-
-    /// Whether a packet from `source`, bound to the interface `ifindex`, has a route to the world outside.
-    pub fn usable_route(&mut self, source: IpAddr, ifindex: u32) -> Result<RouteAnswer> {
-        let mut found = self.look_up(source, true, ifindex);
-        if source.is_ipv6() && matches!(&found, Ok(interface) if *interface != Some(ifindex)) {
-            // Given a source address, the kernel takes the interface for a preference (`ip6_route_output_flags`), while
-            // it binds a subflow's socket; without one it looks at this interface's routes only. The first question
-            // serves for rules by source address.
-            found = self.look_up(source, false, ifindex);
-        }
-        match found {
-            Ok(Some(interface)) if interface == ifindex => Ok(RouteAnswer::Usable),
-            Ok(Some(_)) => Ok(RouteAnswer::Missing),
-            Ok(None) => Ok(RouteAnswer::Unknown),
-            Err(error) => match errno(&error) {
-                Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::ENODEV) => {
-                    Ok(RouteAnswer::Missing)
-                }
-                Some(_) => Ok(RouteAnswer::Unknown),
-                None => Err(error).with_context(|| format!("cannot look up the route from {source}")),
-            },
-        }
-    }
-
-    /// The interfaces by which packets to the world outside leave when nobody says by which (IPv4, IPv6); empty where
-    /// there is no such route.
-    pub fn default_interfaces(&mut self) -> Result<Vec<u32>> {
-        let mut interfaces = Vec::new();
-        for (family, bits, destination) in [(libc::AF_INET, 32, ELSEWHERE_V4), (libc::AF_INET6, 128, ELSEWHERE_V6)] {
-            let mut info = [0; 12];
-            info[0] = family as u8;
-            info[1] = bits;
-            let body = Body::new(&info).address(libc::RTA_DST, destination);
-            match self.connection.request(libc::RTM_GETROUTE, &body, |payload| parse_interfaces(payload).map(Some)) {
-                Ok(found) => interfaces.extend(found.concat()),
-                // No route, or a family that the kernel does not have.
-                Err(error) if errno(&error).is_some() => {}
-                Err(error) => return Err(error).context("cannot look up the default route"),
-            }
-        }
-        interfaces.sort_unstable();
-        interfaces.dedup();
-        Ok(interfaces)
-    }
-
-    /// The interface of the route that the kernel finds, `ifindex` if that is one of several; `None` if it names none.
-    fn look_up(&mut self, source: IpAddr, with_source: bool, ifindex: u32) -> Result<Option<u32>> {
-        let body = look_up_body(source, with_source, None, Some(ifindex));
-        let interfaces =
-            self.connection.request(libc::RTM_GETROUTE, &body, |payload| parse_interfaces(payload).map(Some))?.concat();
-        Ok(interfaces.iter().find(|&&i| i == ifindex).or(interfaces.first()).copied())
-    }
-}
-
-/// The question for the route of a packet from `source`, to `destination` or else to the world outside, bound to the
-/// interface or to none.
-pub(super) fn look_up_body(
-    source: IpAddr,
-    with_source: bool,
-    destination: Option<IpAddr>,
-    ifindex: Option<u32>,
-) -> Body {
-    let (family, bits, elsewhere, flags) = match source {
-        // Asked for the table's entry, the kernel cannot answer with the one that it makes up where an interface
-        // is given and no route found ("assume, that the destination is on link", `ip_route_output_key_hash_rcu`).
-        IpAddr::V4(_) => (libc::AF_INET, 32, ELSEWHERE_V4, RTM_F_FIB_MATCH),
-        IpAddr::V6(_) => (libc::AF_INET6, 128, ELSEWHERE_V6, 0),
-    };
-    let mut info = [0; 12];
-    info[0] = family as u8;
-    info[1] = bits;
-    info[2] = if with_source { bits } else { 0 };
-    info[8..12].copy_from_slice(&u32::to_ne_bytes(flags));
-    let mut body = Body::new(&info).address(libc::RTA_DST, destination.unwrap_or(elsewhere));
-    if let Some(ifindex) = ifindex {
-        body = body.attribute(libc::RTA_OIF, &ifindex.to_ne_bytes());
-    }
-    if with_source {
-        body = body.address(libc::RTA_SRC, source);
-    }
-    body
-}
-
-/// The interfaces that an RTM_NEWROUTE message (after `struct nlmsghdr`) names: one, or one per next hop.
-pub(crate) fn parse_interfaces(payload: &[u8]) -> Result<Vec<u32>> {
-    let (_, rest) = header::<12>(payload)?;
-    let mut interfaces = Vec::new();
-    for attribute in attributes(rest) {
-        match attribute? {
-            (libc::RTA_OIF, value) => interfaces.push(u32::from_ne_bytes(array(value)?)),
-            (libc::RTA_MULTIPATH, mut value) => {
-                // struct rtnexthop: length, flags, hops, interface; its own attributes follow within the length.
-                while !value.is_empty() {
-                    let (hop, _) = header::<8>(value)?;
-                    let length = usize::from(u16::from_ne_bytes([hop[0], hop[1]]));
-                    ensure!(
-                        (8..=value.len()).contains(&length),
-                        "malformed route message: a next hop of {length} bytes"
-                    );
-                    interfaces.push(word(hop, 4));
-                    value = value.get(length.next_multiple_of(4)..).unwrap_or_default();
-                }
-            }
-            _ => {}
-        }
-    }
-    Ok(interfaces)
 }
 
 /// The 32 bit number at `offset` of a fixed header.
@@ -326,9 +200,11 @@ fn word<const N: usize>(header: &[u8; N], offset: usize) -> u32 {
 mod tests {
     use std::fmt::Write;
 
+    use nix::errno::Errno;
+
+    use super::super::errno;
     use super::super::testing::{in_namespace, ip, payload, soon, torment};
     use super::*;
-    use RouteAnswer::{Missing, Usable};
 
     /// IFF_MPBACKUP of a multipath-tcp.org kernel.
     const MPBACKUP: u32 = 0x10_0000;
@@ -413,22 +289,6 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_of_a_route() {
-        let hop = |length: u16, index: u32| {
-            [&length.to_ne_bytes()[..], &[0, 0], &index.to_ne_bytes(), &[0; 8][..usize::from(length.max(8)) - 8]]
-                .concat()
-        };
-        let message = |hops: &[u8]| payload(Body::new(&[0; 12]).attribute(libc::RTA_MULTIPATH, hops));
-        let good = message(&[hop(16, 5), hop(8, 6)].concat());
-        assert_eq!(parse_interfaces(&good).unwrap(), [5, 6]);
-        let single = payload(Body::new(&[0; 12]).attribute(libc::RTA_OIF, &3u32.to_ne_bytes()));
-        assert_eq!(parse_interfaces(&single).unwrap(), [3]);
-        assert!(parse_interfaces(&message(&hop(0, 5))).is_err(), "would never advance");
-        assert!(parse_interfaces(&message(&hop(16, 5)[..12])).is_err(), "longer than the attribute");
-        torment(&good, |message| drop(parse_interfaces(message)));
-    }
-
-    #[test]
     fn a_namespace_is_listed() {
         in_namespace(|| {
             ip("link add eth0 index 40 mtu 1400 type veth peer name peer0\n\
@@ -468,7 +328,8 @@ mod tests {
     #[test]
     fn link_flags() {
         in_namespace(|| {
-            ip("link add eth0 type veth peer name peer0\nlink set eth0 up\n");
+            // With a carrier, which is told late where there is none.
+            ip("link add eth0 type veth peer name peer0\nlink set peer0 up\nlink set eth0 up\n");
             let mut route = Route::open(soon()).unwrap();
             let link = |route: &mut Route| route.links().unwrap().into_iter().find(|l| l.name == "eth0").unwrap();
             let before = link(&mut route);
@@ -482,99 +343,6 @@ mod tests {
             assert_eq!(link(&mut route).flags, before.flags | multicast, "still up");
             let error = route.set_link_flags(999, MPBACKUP, MPBACKUP).unwrap_err();
             assert_eq!(errno(&error), Some(Errno::ENODEV), "{error:#}");
-        });
-    }
-
-    /// A namespace with eth0 and eth1, where eth0 has the default routes and `more` is done; checks what is answered
-    /// for (eth0 IPv4, eth0 IPv6, eth1 IPv4, eth1 IPv6).
-    fn two_paths(more: &'static str, expected: [RouteAnswer; 4]) {
-        in_namespace(move || {
-            let mut script = String::new();
-            for i in 0..2 {
-                writeln!(
-                    script,
-                    "link add eth{i} index {} type veth peer name peer{i}\n\
-                     link set eth{i} up\nlink set peer{i} up\n\
-                     addr add 10.0.{i}.2/24 dev eth{i}\naddr add fd00:{i}::2/64 dev eth{i}",
-                    40 + i
-                )
-                .unwrap();
-            }
-            ip(&script);
-            ip("route add default via 10.0.0.1 dev eth0\nroute add ::/0 via fd00::1 dev eth0\n");
-            ip(more);
-            let mut route = Route::open(soon()).unwrap();
-            let mut ask = |ip: &str, index| route.usable_route(ip.parse().unwrap(), index).unwrap();
-            let answers = [ask("10.0.0.2", 40), ask("fd00:0::2", 40), ask("10.0.1.2", 41), ask("fd00:1::2", 41)];
-            assert_eq!(answers, expected, "{more}");
-        });
-    }
-
-    #[test]
-    fn route_missing_on_the_second_interface() {
-        two_paths("", [Usable, Usable, Missing, Missing]);
-    }
-
-    #[test]
-    fn a_test_network_is_not_the_world_outside() {
-        two_paths(
-            "addr add 192.0.2.2/24 dev eth1\naddr add 2001:db8::2/32 dev eth1 nodad\n",
-            [Usable, Usable, Missing, Missing],
-        );
-    }
-
-    #[test]
-    fn route_by_a_second_default_of_higher_metric() {
-        two_paths(
-            "route add default via 10.0.1.1 dev eth1 metric 200\n\
-             route add ::/0 via fd00:1::1 dev eth1 metric 2000\n",
-            [Usable; 4],
-        );
-    }
-
-    #[test]
-    fn route_by_source_address() {
-        two_paths(
-            "rule add from 10.0.1.2 table 101\nroute add default via 10.0.1.1 dev eth1 table 101\n\
-             -6 rule add from fd00:1::2 table 101\nroute add ::/0 via fd00:1::1 dev eth1 table 101\n",
-            [Usable; 4],
-        );
-    }
-
-    #[test]
-    fn route_with_several_next_hops() {
-        two_paths(
-            "route replace default nexthop via 10.0.0.1 dev eth0 nexthop via 10.0.1.1 dev eth1\n\
-             route append ::/0 via fd00:1::1 dev eth1\n",
-            [Usable; 4],
-        );
-    }
-
-    #[test]
-    fn route_forbidden_by_a_rule() {
-        two_paths(
-            "route add default via 10.0.1.1 dev eth1 metric 200\n\
-             route add ::/0 via fd00:1::1 dev eth1 metric 2000\n\
-             rule add from 10.0.1.2 unreachable\n-6 rule add from fd00:1::2 prohibit\n",
-            [Usable, Usable, Missing, Missing],
-        );
-    }
-
-    #[test]
-    fn route_through_an_interface_that_is_down() {
-        two_paths(
-            "route add default via 10.0.1.1 dev eth1 metric 200\nlink set eth1 down\n",
-            [Usable, Usable, Missing, Missing],
-        );
-    }
-
-    #[test]
-    fn route_of_an_address_that_is_not_there() {
-        in_namespace(|| {
-            let mut route = Route::open(soon()).unwrap();
-            for source in ["10.0.0.2", "fd00::2"] {
-                assert_ne!(route.usable_route(source.parse().unwrap(), 40).unwrap(), Usable);
-            }
         });
     }
 }

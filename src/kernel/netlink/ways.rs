@@ -1,148 +1,36 @@
-//! The ways out of a network namespace in detail: by which interface and gateway, through which table, and whether the
-//! gateway answers (rtnetlink(7), `include/uapi/linux/rtnetlink.h`, `neighbour.h`).
+//! The ways out of a network namespace: by which interface and gateway packets from an address leave (rtnetlink(7),
+//! `include/uapi/linux/rtnetlink.h`).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use anyhow::{Context, Result, ensure};
-use netlink_sys::protocols::NETLINK_ROUTE;
+use anyhow::{Context, Result};
+use nix::errno::Errno;
 
-use super::route::look_up_body;
-use super::{Body, Connection, array, attributes, errno, header, ip};
-use crate::deadline::Deadline;
+use super::route::Route;
+use super::routing::{Entry, Hop};
+use super::{Body, errno};
 
-/// `NUD_*`: states in which a neighbour was asked and has not answered.
-const NUD_INCOMPLETE: u16 = 0x01;
-const NUD_FAILED: u16 = 0x20;
+/// Answer with the routing table's entry (Linux 4.13).
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
-/// The names of the `NUD_*` bits, from the lowest.
-const NUD_NAMES: [&str; 8] = ["INCOMPLETE", "REACHABLE", "STALE", "DELAY", "PROBE", "FAILED", "NOARP", "PERMANENT"];
+/// Public addresses that no interface's own network contains: the abandoned 6to4 anycast prefix (RFC 7526) and the
+/// newer documentation prefix (RFC 9637). What leads there is a default route, or as good as one. The well-known
+/// documentation networks do not serve: people number their test networks with them. Nothing is ever sent.
+const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
+const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
 
-/// `NDA_DST`.
-const NDA_DST: u16 = 1;
-
-/// Where a packet goes next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hop {
-    /// The interface that it leaves by.
-    pub ifindex: u32,
-    /// The machine that it goes to; none if the destination is on the link.
-    pub gateway: Option<IpAddr>,
+/// Whether packets from an address find a way out through its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteAnswer {
+    /// There is a route.
+    Usable,
+    /// There is none, or the interface is down or the address not assigned: no subflow would ever be established.
+    Missing,
+    /// The kernel cannot tell.
+    Unknown,
 }
 
-/// A route, as a table or a lookup has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Whether it leads to addresses of IPv6.
-    pub is_ipv6: bool,
-    /// The length of its destination's prefix; 0 for a default route.
-    pub prefix: u8,
-    /// The table.
-    pub table: u32,
-    /// Where packets go; several share the traffic.
-    pub hops: Vec<Hop>,
-}
-
-impl Entry {
-    /// Reads an RTM_NEWROUTE message (after `struct nlmsghdr`).
-    pub fn parse(payload: &[u8]) -> Result<Self> {
-        let (info, rest) = header::<12>(payload)?;
-        let mut table = u32::from(info[4]);
-        let (mut ifindex, mut gateway, mut hops) = (None, None, Vec::new());
-        for attribute in attributes(rest) {
-            match attribute? {
-                (libc::RTA_OIF, value) => ifindex = Some(u32::from_ne_bytes(array(value)?)),
-                (libc::RTA_TABLE, value) => table = u32::from_ne_bytes(array(value)?),
-                (libc::RTA_MULTIPATH, value) => hops = next_hops(value)?,
-                (kind, value) => gateway = gateway_of(kind, value)?.or(gateway),
-            }
-        }
-        hops.extend(ifindex.map(|ifindex| Hop { ifindex, gateway }));
-        Ok(Self { is_ipv6: i32::from(info[0]) == libc::AF_INET6, prefix: info[1], table, hops })
-    }
-}
-
-/// The gateway in an attribute, if it holds one.
-fn gateway_of(kind: u16, value: &[u8]) -> Result<Option<IpAddr>> {
-    match kind {
-        libc::RTA_GATEWAY => ip(value).map(Some),
-        // struct rtvia: the family in two bytes, then the address.
-        libc::RTA_VIA => header::<2>(value).and_then(|(_, address)| ip(address)).map(Some),
-        _ => Ok(None),
-    }
-}
-
-/// Each struct rtnexthop: length, flags, hops, interface; its own attributes follow within the length.
-fn next_hops(mut value: &[u8]) -> Result<Vec<Hop>> {
-    let mut hops = Vec::new();
-    while !value.is_empty() {
-        let (hop, _) = header::<8>(value)?;
-        let length = usize::from(u16::from_ne_bytes([hop[0], hop[1]]));
-        ensure!((8..=value.len()).contains(&length), "malformed route message: a next hop of {length} bytes");
-        let mut gateway = None;
-        for attribute in attributes(&value[8..length]) {
-            let (kind, value) = attribute?;
-            gateway = gateway_of(kind, value)?.or(gateway);
-        }
-        hops.push(Hop { ifindex: u32::from_ne_bytes([hop[4], hop[5], hop[6], hop[7]]), gateway });
-        value = value.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Ok(hops)
-}
-
-/// What the kernel knows of another machine on a link.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Neighbour {
-    /// The link.
-    pub ifindex: u32,
-    /// The machine's address.
-    pub address: IpAddr,
-    /// `NUD_*`.
-    pub state: u16,
-}
-
-impl Neighbour {
-    /// Reads an RTM_NEWNEIGH message (after `struct nlmsghdr`); None for those that are no IP address (bridges).
-    pub fn parse(payload: &[u8]) -> Result<Option<Self>> {
-        let (info, rest) = header::<12>(payload)?;
-        if ![libc::AF_INET, libc::AF_INET6].contains(&i32::from(info[0])) {
-            return Ok(None);
-        }
-        for attribute in attributes(rest) {
-            if let (NDA_DST, value) = attribute? {
-                return Ok(Some(Self {
-                    ifindex: u32::from_ne_bytes([info[4], info[5], info[6], info[7]]),
-                    address: ip(value)?,
-                    state: u16::from_ne_bytes([info[8], info[9]]),
-                }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Whether it was asked and has not answered.
-    pub fn is_silent(&self) -> bool {
-        self.state & (NUD_INCOMPLETE | NUD_FAILED) != 0
-    }
-
-    /// The state as ip-neighbour(8) shows it.
-    pub fn state_name(&self) -> String {
-        let names = NUD_NAMES.iter().enumerate().filter(|(bit, _)| self.state & 1 << bit != 0);
-        let names: Vec<&str> = names.map(|(_, name)| *name).collect();
-        if names.is_empty() { "NONE".into() } else { names.join("|") }
-    }
-}
-
-/// An rtnetlink connection to the network namespace in which it was opened.
-pub struct Ways {
-    connection: Connection,
-}
-
-impl Ways {
-    /// Connects to the calling thread's network namespace.
-    pub fn open(deadline: Deadline) -> Result<Self> {
-        Ok(Self { connection: Connection::open(NETLINK_ROUTE, deadline)? })
-    }
-
+impl Route {
     /// The next hop of packets from `source` to `destination`, or to the world outside where none is said; bound to
     /// `interface` if there is one. None if there is no route.
     pub fn next_hop(
@@ -151,99 +39,144 @@ impl Ways {
         destination: Option<IpAddr>,
         interface: Option<u32>,
     ) -> Result<Option<Hop>> {
-        let found = self.look_up(source, true, destination, interface)?;
-        match (interface, &found) {
-            // As in `Route::usable_route`: IPv6 takes an interface beside a source for a preference.
-            (Some(index), hop) if source.is_ipv6() && hop.as_ref().is_none_or(|hop| hop.ifindex != index) => {
-                self.look_up(source, false, destination, interface)
+        match self.look_up(source, destination, interface) {
+            // No route, or one that forbids it.
+            Err(error) if errno(&error).is_some() => Ok(None),
+            found => found.with_context(|| format!("cannot look up the route from {source}")),
+        }
+    }
+
+    /// The next hops of packets from `source` to the world outside that are bound to no interface: several, where a route
+    /// shares the traffic among them; none if there is no route.
+    pub fn next_hops(&mut self, source: IpAddr) -> Result<Vec<Hop>> {
+        match self.hops(source, true, None, None) {
+            // No route, or one that forbids it.
+            Err(error) if errno(&error).is_some() => Ok(Vec::new()),
+            found => found.with_context(|| format!("cannot look up the route from {source}")),
+        }
+    }
+
+    /// Whether a packet from `source`, bound to the interface `ifindex`, has a route to the world outside.
+    pub fn usable_route(&mut self, source: IpAddr, ifindex: u32) -> Result<RouteAnswer> {
+        match self.look_up(source, None, Some(ifindex)) {
+            Ok(Some(hop)) if hop.ifindex == ifindex => Ok(RouteAnswer::Usable),
+            Ok(Some(_)) => Ok(RouteAnswer::Missing),
+            Ok(None) => Ok(RouteAnswer::Unknown),
+            Err(error) => match errno(&error) {
+                Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::ENODEV) => {
+                    Ok(RouteAnswer::Missing)
+                }
+                Some(_) => Ok(RouteAnswer::Unknown),
+                None => Err(error).with_context(|| format!("cannot look up the route from {source}")),
+            },
+        }
+    }
+
+    /// Whether packets from `source` to the world outside leave by another interface than `ifindex`, at least some of
+    /// them, or not at all, where no socket is bound to one.
+    pub fn leaves_elsewhere(&mut self, source: IpAddr, ifindex: u32) -> Result<bool> {
+        let hops = self.next_hops(source)?;
+        Ok(hops.is_empty() || hops.iter().any(|hop| hop.ifindex != ifindex))
+    }
+
+    /// The interfaces by which packets to the world outside leave when nobody says by which (IPv4, IPv6); empty where
+    /// there is no such route.
+    pub fn default_interfaces(&mut self) -> Result<Vec<u32>> {
+        let mut interfaces = Vec::new();
+        for (family, bits, destination) in [(libc::AF_INET, 32, ELSEWHERE_V4), (libc::AF_INET6, 128, ELSEWHERE_V6)] {
+            let mut info = [0; 12];
+            info[0] = family as u8;
+            info[1] = bits;
+            let body = Body::new(&info).address(libc::RTA_DST, destination);
+            match self.connection().request(libc::RTM_GETROUTE, &body, Entry::parse) {
+                Ok(found) => interfaces.extend(found.iter().flat_map(|entry| &entry.hops).map(|hop| hop.ifindex)),
+                // No route, or a family that the kernel does not have.
+                Err(error) if errno(&error).is_some() => {}
+                Err(error) => return Err(error).context("cannot look up the default route"),
+            }
+        }
+        interfaces.sort_unstable();
+        interfaces.dedup();
+        Ok(interfaces)
+    }
+
+    fn look_up(&mut self, source: IpAddr, destination: Option<IpAddr>, interface: Option<u32>) -> Result<Option<Hop>> {
+        let found = self.ask(source, true, destination, interface)?;
+        match interface {
+            // Given a source address, the kernel takes the interface for a preference (`ip6_route_output_flags`), while
+            // it binds a subflow's socket; without one it looks at this interface's routes only. The first question
+            // serves for rules by source address.
+            Some(index) if source.is_ipv6() && found.as_ref().is_none_or(|hop| hop.ifindex != index) => {
+                self.ask(source, false, destination, interface)
             }
             _ => Ok(found),
         }
     }
 
-    fn look_up(
+    /// The hop by `interface` of the route that the kernel finds, else its first; None if it names none.
+    fn ask(
         &mut self,
         source: IpAddr,
         with_source: bool,
         destination: Option<IpAddr>,
         interface: Option<u32>,
     ) -> Result<Option<Hop>> {
-        let body = look_up_body(source, with_source, destination, interface);
-        let entries = self.connection.request(libc::RTM_GETROUTE, &body, |payload| Entry::parse(payload).map(Some));
-        let entries = match entries {
-            Ok(entries) => entries,
-            // No route, or one that forbids it.
-            Err(error) if errno(&error).is_some() => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("cannot look up the route from {source}")),
-        };
-        let hops: Vec<Hop> = entries.into_iter().flat_map(|entry| entry.hops).collect();
+        let hops = self.hops(source, with_source, destination, interface)?;
         let bound = interface.and_then(|index| hops.iter().find(|hop| hop.ifindex == index));
         Ok(bound.or(hops.first()).cloned())
     }
 
-    /// The routes of all tables, of both families.
-    pub fn routes(&mut self) -> Result<Vec<Entry>> {
-        self.both(libc::RTM_GETROUTE, |payload| Entry::parse(payload).map(Some)).context("cannot list the routes")
+    /// The hops of the route that the kernel finds.
+    fn hops(
+        &mut self,
+        source: IpAddr,
+        with_source: bool,
+        destination: Option<IpAddr>,
+        interface: Option<u32>,
+    ) -> Result<Vec<Hop>> {
+        let body = question(source, with_source, destination, interface);
+        let entries = self.connection().request(libc::RTM_GETROUTE, &body, Entry::parse)?;
+        Ok(entries.into_iter().flat_map(|entry| entry.hops).collect())
     }
+}
 
-    /// The other machines that the kernel has asked for.
-    pub fn neighbours(&mut self) -> Result<Vec<Neighbour>> {
-        self.both(libc::RTM_GETNEIGH, Neighbour::parse).context("cannot list the neighbours")
-    }
-
-    fn both<T>(&mut self, kind: u16, parse: impl Fn(&[u8]) -> Result<Option<T>>) -> Result<Vec<T>> {
-        let mut all = Vec::new();
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            let mut info = [0; 12];
-            info[0] = u8::try_from(family)?;
-            match self.connection.dump(kind, &Body::new(&info), &parse) {
-                Ok(found) => all.extend(found),
-                // A kernel without IPv6.
-                Err(error) if family == libc::AF_INET6 && errno(&error).is_some() => {}
-                Err(error) => return Err(error),
-            }
+/// The question for the route of a packet from `source`, to `destination` or else to the world outside, bound to the
+/// interface or to none.
+fn question(source: IpAddr, with_source: bool, destination: Option<IpAddr>, ifindex: Option<u32>) -> Body {
+    let (family, bits, elsewhere, flags) = match source {
+        // Between two addresses that both are known the kernel says which of a route's hops it takes.
+        IpAddr::V4(_) if destination.is_some() && ifindex.is_none() => (libc::AF_INET, 32, ELSEWHERE_V4, 0),
+        // Asked for the table's entry, the kernel cannot answer with the one that it makes up where an interface
+        // is given and no route found ("assume, that the destination is on link", `ip_route_output_key_hash_rcu`).
+        IpAddr::V4(_) => (libc::AF_INET, 32, ELSEWHERE_V4, RTM_F_FIB_MATCH),
+        // All hops of the entry, and not the one that the hash of these two addresses falls on.
+        IpAddr::V6(_) if destination.is_none() && ifindex.is_none() => {
+            (libc::AF_INET6, 128, ELSEWHERE_V6, RTM_F_FIB_MATCH)
         }
-        Ok(all)
+        IpAddr::V6(_) => (libc::AF_INET6, 128, ELSEWHERE_V6, 0),
+    };
+    let mut info = [0; 12];
+    info[0] = family as u8;
+    info[1] = bits;
+    info[2] = if with_source { bits } else { 0 };
+    info[8..12].copy_from_slice(&u32::to_ne_bytes(flags));
+    let mut body = Body::new(&info).address(libc::RTA_DST, destination.unwrap_or(elsewhere));
+    if let Some(ifindex) = ifindex {
+        body = body.attribute(libc::RTA_OIF, &ifindex.to_ne_bytes());
     }
+    if with_source {
+        body = body.address(libc::RTA_SRC, source);
+    }
+    body
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{in_namespace, ip as run_ip, payload, soon, torment};
+    use std::fmt::Write;
+
+    use super::super::testing::{in_namespace, ip as run_ip, soon};
     use super::*;
-
-    #[test]
-    fn routes_are_read() {
-        let mut info = [0; 12];
-        (info[0], info[4]) = (libc::AF_INET as u8, 254);
-        let gateway = payload(Body::new(&[]).attribute(libc::RTA_GATEWAY, &[10, 0, 1, 1]));
-        let hop = |index: u32, rest: &[u8]| {
-            [&(8 + rest.len() as u16).to_ne_bytes()[..], &[0, 0], &index.to_ne_bytes(), rest].concat()
-        };
-        let hops = [hop(5, &gateway), hop(6, &[])].concat();
-        let message = payload(
-            Body::new(&info).attribute(libc::RTA_TABLE, &1000u32.to_ne_bytes()).attribute(libc::RTA_MULTIPATH, &hops),
-        );
-        let expected = vec![Hop { ifindex: 5, gateway: Some([10, 0, 1, 1].into()) }, Hop { ifindex: 6, gateway: None }];
-        assert_eq!(Entry::parse(&message).unwrap(), Entry { is_ipv6: false, prefix: 0, table: 1000, hops: expected });
-        torment(&message, |message| drop(Entry::parse(message)));
-        let via = [&(libc::AF_INET6 as u16).to_ne_bytes()[..], &[0xfd; 16]].concat();
-        let message =
-            payload(Body::new(&info).attribute(libc::RTA_OIF, &3u32.to_ne_bytes()).attribute(libc::RTA_VIA, &via));
-        assert_eq!(Entry::parse(&message).unwrap().hops, [Hop { ifindex: 3, gateway: Some([0xfd; 16].into()) }]);
-        torment(&message, |message| drop(Entry::parse(message)));
-    }
-
-    #[test]
-    fn neighbours_are_read() {
-        let mut info = [0; 12];
-        (info[0], info[4], info[8]) = (libc::AF_INET as u8, 7, 0x20);
-        let message = payload(Body::new(&info).attribute(NDA_DST, &[10, 0, 2, 1]));
-        let found = Neighbour::parse(&message).unwrap().unwrap();
-        assert_eq!((found.ifindex, found.address, found.state_name().as_str()), (7, [10, 0, 2, 1].into(), "FAILED"));
-        assert!(found.is_silent());
-        torment(&message, |message| drop(Neighbour::parse(message)));
-    }
+    use RouteAnswer::{Missing, Usable};
 
     #[test]
     fn ways_out_of_a_namespace() {
@@ -255,22 +188,159 @@ mod tests {
                  route add default via 10.0.0.1 dev eth0\nroute add default via 10.0.1.1 dev eth1 table 1000\n\
                  neigh add 10.0.0.1 dev eth0 nud permanent lladdr 02:00:00:00:00:01\n",
             );
-            let mut ways = Ways::open(soon()).unwrap();
+            let mut ways = Route::open(soon()).unwrap();
             let second = IpAddr::from([10, 0, 1, 2]);
-            let first_hop = Some(Hop { ifindex: 40, gateway: Some([10, 0, 0, 1].into()) });
+            let first_hop = Some(Hop { ifindex: 40, gateway: Some([10, 0, 0, 1].into()), onlink: false });
             assert_eq!(ways.next_hop(second, None, None).unwrap(), first_hop);
             assert_eq!(ways.next_hop(second, None, Some(41)).unwrap(), None);
-            let on_link = Some(Hop { ifindex: 41, gateway: None });
+            let on_link = Some(Hop { ifindex: 41, gateway: None, onlink: false });
             assert_eq!(ways.next_hop(second, Some([10, 0, 1, 9].into()), Some(41)).unwrap(), on_link);
             run_ip("rule add from 10.0.1.2 table 1000\n");
-            let second_hop = Some(Hop { ifindex: 41, gateway: Some([10, 0, 1, 1].into()) });
+            let second_hop = Some(Hop { ifindex: 41, gateway: Some([10, 0, 1, 1].into()), onlink: false });
             assert_eq!(ways.next_hop(second, None, None).unwrap(), second_hop);
-            let defaults: Vec<u32> =
-                ways.routes().unwrap().iter().filter(|e| e.prefix == 0 && !e.is_ipv6).map(|e| e.table).collect();
+            let defaults: Vec<u32> = ways
+                .entries()
+                .unwrap()
+                .iter()
+                .filter(|e| e.is_default() && e.destination.is_ipv4())
+                .map(|e| e.table)
+                .collect();
             assert!(defaults.contains(&254) && defaults.contains(&1000), "{defaults:?}");
             let neighbours = ways.neighbours().unwrap();
             let gateway = neighbours.iter().find(|n| n.address == IpAddr::from([10, 0, 0, 1])).unwrap();
             assert!(!gateway.is_silent() && gateway.state_name() == "PERMANENT");
+        });
+    }
+
+    #[test]
+    fn hops_that_share_the_traffic() {
+        in_namespace(|| {
+            run_ip(
+                "link add eth0 index 40 type veth peer name peer0\nlink add eth1 index 41 type veth peer name peer1\n\
+                 link set eth0 up\nlink set peer0 up\nlink set eth1 up\nlink set peer1 up\n\
+                 addr add 10.0.0.2/24 dev eth0\naddr add 10.0.1.2/24 dev eth1\n\
+                 route add default nexthop via 10.0.0.1 dev eth0 nexthop via 10.0.1.1 dev eth1\n\
+                 addr add fd00::2/64 dev eth0 nodad\naddr add fd00:1::2/64 dev eth1 nodad\n\
+                 route add ::/0 nexthop via fd00::1 dev eth0 nexthop via fd00:1::1 dev eth1\n",
+            );
+            let mut ways = Route::open(soon()).unwrap();
+            // Whatever the hash of the source would choose.
+            for i in 2..18 {
+                let source: IpAddr = format!("fd00:1::{i}").parse().unwrap();
+                if i > 2 {
+                    run_ip(&format!("addr add {source}/64 dev eth1 nodad\n"));
+                }
+                let mut all: Vec<u32> = ways.next_hops(source).unwrap().iter().map(|hop| hop.ifindex).collect();
+                all.sort_unstable();
+                assert_eq!(all, [40, 41], "{source}");
+            }
+            let (first, second) = (IpAddr::from([10, 0, 0, 2]), IpAddr::from([10, 0, 1, 2]));
+            let all: Vec<u32> = ways.next_hops(second).unwrap().iter().map(|hop| hop.ifindex).collect();
+            assert_eq!(all, [40, 41]);
+            assert!(ways.leaves_elsewhere(first, 40).unwrap() && ways.leaves_elsewhere(second, 41).unwrap());
+            // Each pair of addresses has one of them; newer kernels take the one on the source's own network.
+            for i in 0..16 {
+                let peer = format!("198.18.0.{i}");
+                let hop = ways.next_hop(second, Some(peer.parse().unwrap()), None).unwrap().unwrap();
+                let ip = std::process::Command::new("ip").args(["route", "get", &peer, "from", "10.0.1.2"]).output();
+                let told = String::from_utf8(ip.unwrap().stdout).unwrap();
+                assert!(told.contains(&format!("dev eth{} ", hop.ifindex - 40)), "{hop:?}: {told}");
+                let bound = ways.next_hop(second, Some(peer.parse().unwrap()), Some(41)).unwrap();
+                assert_eq!(bound, Some(Hop { ifindex: 41, gateway: Some([10, 0, 1, 1].into()), onlink: false }));
+            }
+        });
+    }
+
+    /// A namespace with eth0 and eth1, where eth0 has the default routes and `more` is done; checks what is answered
+    /// for (eth0 IPv4, eth0 IPv6, eth1 IPv4, eth1 IPv6).
+    fn two_paths(more: &'static str, expected: [RouteAnswer; 4]) {
+        in_namespace(move || {
+            let mut script = String::new();
+            for i in 0..2 {
+                writeln!(
+                    script,
+                    "link add eth{i} index {} type veth peer name peer{i}\n\
+                     link set eth{i} up\nlink set peer{i} up\n\
+                     addr add 10.0.{i}.2/24 dev eth{i}\naddr add fd00:{i}::2/64 dev eth{i}",
+                    40 + i
+                )
+                .unwrap();
+            }
+            run_ip(&script);
+            run_ip("route add default via 10.0.0.1 dev eth0\nroute add ::/0 via fd00::1 dev eth0\n");
+            run_ip(more);
+            let mut route = Route::open(soon()).unwrap();
+            let mut ask = |ip: &str, index| route.usable_route(ip.parse().unwrap(), index).unwrap();
+            let answers = [ask("10.0.0.2", 40), ask("fd00:0::2", 40), ask("10.0.1.2", 41), ask("fd00:1::2", 41)];
+            assert_eq!(answers, expected, "{more}");
+        });
+    }
+
+    #[test]
+    fn route_missing_on_the_second_interface() {
+        two_paths("", [Usable, Usable, Missing, Missing]);
+    }
+
+    #[test]
+    fn a_test_network_is_not_the_world_outside() {
+        two_paths(
+            "addr add 192.0.2.2/24 dev eth1\naddr add 2001:db8::2/32 dev eth1 nodad\n",
+            [Usable, Usable, Missing, Missing],
+        );
+    }
+
+    #[test]
+    fn route_by_a_second_default_of_higher_metric() {
+        two_paths(
+            "route add default via 10.0.1.1 dev eth1 metric 200\n\
+             route add ::/0 via fd00:1::1 dev eth1 metric 2000\n",
+            [Usable; 4],
+        );
+    }
+
+    #[test]
+    fn route_by_source_address() {
+        two_paths(
+            "rule add from 10.0.1.2 table 101\nroute add default via 10.0.1.1 dev eth1 table 101\n\
+             -6 rule add from fd00:1::2 table 101\nroute add ::/0 via fd00:1::1 dev eth1 table 101\n",
+            [Usable; 4],
+        );
+    }
+
+    #[test]
+    fn route_with_several_next_hops() {
+        two_paths(
+            "route replace default nexthop via 10.0.0.1 dev eth0 nexthop via 10.0.1.1 dev eth1\n\
+             route append ::/0 via fd00:1::1 dev eth1\n",
+            [Usable; 4],
+        );
+    }
+
+    #[test]
+    fn route_forbidden_by_a_rule() {
+        two_paths(
+            "route add default via 10.0.1.1 dev eth1 metric 200\n\
+             route add ::/0 via fd00:1::1 dev eth1 metric 2000\n\
+             rule add from 10.0.1.2 unreachable\n-6 rule add from fd00:1::2 prohibit\n",
+            [Usable, Usable, Missing, Missing],
+        );
+    }
+
+    #[test]
+    fn route_through_an_interface_that_is_down() {
+        two_paths(
+            "route add default via 10.0.1.1 dev eth1 metric 200\nlink set eth1 down\n",
+            [Usable, Usable, Missing, Missing],
+        );
+    }
+
+    #[test]
+    fn route_of_an_address_that_is_not_there() {
+        in_namespace(|| {
+            let mut route = Route::open(soon()).unwrap();
+            for source in ["10.0.0.2", "fd00::2"] {
+                assert_ne!(route.usable_route(source.parse().unwrap(), 40).unwrap(), Usable);
+            }
         });
     }
 }
