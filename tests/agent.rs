@@ -9,11 +9,13 @@ use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::*;
+use nix::fcntl::{Flock, FlockArg};
 use nix::net::if_::if_nametoindex;
-use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -22,7 +24,7 @@ use serde_json::{Value, json};
 const STATE_DIR: &str = "/run/mptcp-hook";
 
 /// How long something may take that is not measured, on a machine with much else to do.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// How long something is watched that shall not happen: the agent needs a few milliseconds.
 const QUIET: Duration = Duration::from_millis(500);
@@ -41,7 +43,7 @@ fn wired<'a>(sandbox: &'a Sandbox, name: &str) -> Bare<'a> {
 
 /// A container in the namespace /run/netns/`netns`, which stays when it ends; see [`wire`].
 fn wired_in<'a>(sandbox: &'a Sandbox, name: &str, netns: &str) -> Bare<'a> {
-    sandbox.sh(&format!("ip netns add {netns}"));
+    sandbox.ip_in(&Netns::Host, &format!("netns add {netns}"));
     wire(sandbox, name, netns);
     Bare::in_netns(sandbox, name, &Netns::named(netns))
 }
@@ -54,29 +56,31 @@ fn wire(sandbox: &Sandbox, name: &str, netns: &str) {
         Err(_) => Netns::named(netns),
     };
     // 1 is none: no link-local addresses.
-    let no_addresses = "echo 1 >/proc/sys/net/ipv6/conf/default/addr_gen_mode";
-    sandbox.sh_in(&inside, no_addresses);
-    sandbox.sh(&format!(
-        "{no_addresses}
-         for n in 0 1; do
-           ip link add {name}$n type veth peer name eth$n netns {netns}
-           ip link set {name}$n up
-         done"
-    ));
+    let no_addresses =
+        || std::fs::write("/proc/sys/net/ipv6/conf/default/addr_gen_mode", "1").expect("no addresses by themselves");
+    sandbox.inside(&inside, no_addresses);
+    sandbox.inside(&Netns::Host, no_addresses);
+    // Where both ends have the same index the kernel tells the news of a link once in a second only.
+    static INDEX: AtomicU32 = AtomicU32::new(1000);
+    let links = [0, 1].map(|n| {
+        let index = INDEX.fetch_add(1, Ordering::Relaxed);
+        format!("link add {name}{n} index {index} type veth peer name eth{n} netns {netns}\nlink set {name}{n} up\n")
+    });
+    sandbox.ip_in(&Netns::Host, &links.concat());
     // With its last IPv4 address an interface would lose its routes, too; the one here is nothing to make use of.
-    sandbox.sh_in(
+    sandbox.ip_in(
         &inside,
-        "ip link set lo up; ip link set eth0 up; ip link set eth1 up; ip addr add 10.0.1.2/24 dev eth0
-         ip addr add 169.254.9.9/32 dev eth1 scope link
-         ip route add default via 10.0.1.1 dev eth0 metric 100
-         ip route add default dev eth1 metric 200; ip -6 route add default dev eth1 metric 200",
+        "link set lo up\nlink set eth0 up\nlink set eth1 up\naddr add 10.0.1.2/24 dev eth0
+         addr add 169.254.9.9/32 dev eth1 scope link
+         route add default via 10.0.1.1 dev eth0 metric 100
+         route add default dev eth1 metric 200\nroute add ::/0 dev eth1 metric 200",
     );
 }
 
 /// ip-address(8) in a container.
 #[track_caller]
 fn address(sandbox: &Sandbox, container: &Bare, arguments: &str) {
-    sandbox.sh_in(&container.netns(), &format!("ip address {arguments}"));
+    sandbox.ip_in(&container.netns(), &format!("address {arguments}"));
 }
 
 /// The addresses of the endpoints on eth1.
@@ -97,18 +101,18 @@ fn wait_endpoints(sandbox: &Sandbox, container: &Bare, expected: &[&str]) {
 #[track_caller]
 fn wait_set(sandbox: &Sandbox, container: &Bare, expected: &BTreeSet<IpAddr>) {
     let mut found = BTreeSet::new();
-    let deadline = Instant::now() + LIMIT;
+    let begin = Instant::now();
     loop {
         let in_kernel = addresses(sandbox, &container.netns());
         let recorded = recorded(&sandbox.status_of(container.id()));
         if in_kernel == *expected && recorded == *expected {
             return;
         }
-        if Instant::now() >= deadline {
+        if begin.elapsed() >= LIMIT {
             found.extend(in_kernel);
             panic!("endpoints {found:?}, recorded {recorded:?}, not {expected:?}; status {:#}", sandbox.status());
         }
-        std::thread::sleep(Duration::from_millis(10));
+        pause_since(begin);
     }
 }
 
@@ -143,14 +147,14 @@ fn wait_last(sandbox: &Sandbox, container: &Bare, words: &str) -> Value {
 
 #[track_caller]
 fn wait_entry(sandbox: &Sandbox, container: &Bare, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + LIMIT;
+    let begin = Instant::now();
     loop {
         let entry = interface(sandbox, container);
         if is_it(&entry) {
             return entry;
         }
-        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}; {entry:#}");
-        std::thread::sleep(Duration::from_millis(10));
+        assert!(begin.elapsed() < LIMIT, "not within {LIMIT:?}: {what}; {entry:#}");
+        pause_since(begin);
     }
 }
 
@@ -246,12 +250,7 @@ fn assert_sound(sandbox: &Sandbox) {
 
 /// Runs `work` in a thread in a network namespace: programs that it starts are there, too.
 fn inside<T: Send>(sandbox: &Sandbox, netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
-    let file = File::open(sandbox.netns_path(netns)).expect("a network namespace");
-    let enter = move || {
-        setns(file, CloneFlags::CLONE_NEWNET).expect("entering a network namespace");
-        work()
-    };
-    std::thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    sandbox.inside(netns, work)
 }
 
 /// ip(8) where the calling thread is.
@@ -299,13 +298,13 @@ fn a_pending_interface_starts_an_agent_that_holds_nothing_of_its_caller() {
     let state = sandbox.dir().join("state.json");
     std::fs::write(&state, container.state().to_string()).expect("the state's file");
     let begin = Instant::now();
-    let mut command = sandbox.command_in(&Netns::Host, &argv);
-    command.stdin(File::open(&state).expect("the state's file")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let hook = sandbox.start_in(&sandbox.open_netns(&Netns::Host), &argv, |command| {
+        command.stdin(File::open(&state).expect("the state's file")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    });
     // Returns when both pipes are closed, by everybody who has them.
-    let done = command.output().expect("running the hook");
+    let (code, _, said) = hook.output();
     let took = begin.elapsed();
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(done.status.success(), "{said}");
+    assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("pending") && said.contains("the agent sees to it when it is there"), "{said}");
     assert!(took < LIMIT, "the caller waited for {took:?}");
 
@@ -381,6 +380,52 @@ fn hooks_at_once_start_one_agent() {
         wait_endpoints(&sandbox, container, &["10.0.2.2"]);
         assert!(is_followed(&sandbox, container));
     }
+}
+
+/// Whoever holds the agent's lock is not an agent yet: it may let go again without becoming one.
+#[test]
+fn a_lock_without_an_agent_is_not_taken_for_one() {
+    let sandbox = Sandbox::new();
+    let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
+    web.oci(&BACKUP).ok();
+    kill_agent(&sandbox);
+    let take = || {
+        let file = File::options().write(true).open(sandbox.outside(&format!("{STATE_DIR}/locks/agent")));
+        Flock::lock(file.expect("the agent's lock"), FlockArg::LockExclusive).expect("locking it")
+    };
+    // It is waited for as long as the hook may take.
+    let lock = take();
+    sandbox.policy("deadline = 1\n");
+    let said = web.oci(&BACKUP);
+    assert!(!said.stderr.contains("the agent sees to it"), "{said}");
+    assert!(said.stderr.contains("run mptcp-hook apply again") && said.stderr.contains("locks/agent"), "{said}");
+    said.ok();
+    // Somebody lets go: the hook starts the agent itself.
+    sandbox.policy("deadline = 60\n");
+    let program = hook().display().to_string();
+    let pid = shop.pid().to_string();
+    let mut apply = sandbox.spawn(&[&program, "apply", "--pid", &pid, BACKUP[0], BACKUP[1], "--name", shop.id()]);
+    wait_until("its place in the list", LIMIT, || {
+        assert!(apply.is_running(), "{}", apply.stderr());
+        sandbox.sh(&format!("ls {STATE_DIR}/follow")).lines().count() == 2
+    });
+    std::thread::sleep(QUIET);
+    assert!(apply.is_running(), "it takes the lock for an agent: {}", apply.stderr());
+    drop(lock);
+    let said = apply.wait(LIMIT);
+    assert!(said.stderr.contains("the agent sees to it"), "{said}");
+    said.ok();
+    agent(&sandbox);
+    for container in [&web, &shop] {
+        address(&sandbox, container, "add 10.0.2.2/24 dev eth1");
+        wait_endpoints(&sandbox, container, &["10.0.2.2"]);
+    }
+    // Where a hook starts none anyway, the lock says nothing at all.
+    kill_agent(&sandbox);
+    let _lock = take();
+    sandbox.sh("mkdir -p /run/systemd/system");
+    let said = web.oci(&["--interface", "eth1=backup", "--follow", "always"]);
+    assert!(said.stderr.contains(TROUBLE), "{said}");
 }
 
 /// The agent leaves the directory that it is called in.
@@ -478,6 +523,17 @@ fn under_systemd_the_unit_starts_it_and_nobody_else() {
     assert!(agents(&sandbox).is_empty());
     let list = sandbox.sh(&format!("ls {STATE_DIR}/follow"));
     assert_eq!(list.lines().count(), 2, "the list that the unit watches: {list}");
+    // It does not, and status says where to look.
+    let why = |container: &Bare| {
+        sandbox.status_of(container.id())["not_followed"].as_str().map(String::from).expect("why nobody follows it")
+    };
+    let reason = why(&web);
+    assert!(reason.contains("is enabled") && reason.contains("systemctl start mptcp-hook-agent.path"), "{reason}");
+    let listed = list.lines().find(|key| key.contains(shop.id())).expect("its place in the list");
+    sandbox.sh(&format!("rm {STATE_DIR}/follow/{listed}"));
+    let reason = why(&shop);
+    assert!(reason.contains("not on the agent's list") && reason.contains("mptcp-hook apply"), "{reason}");
+    shop.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     // What systemd does then.
     let mut by_unit = sandbox.spawn(&[&hook().display().to_string(), "agent"]);
     agent(&sandbox);
@@ -485,6 +541,43 @@ fn under_systemd_the_unit_starts_it_and_nobody_else() {
     wait_endpoints(&sandbox, &web, &["10.0.2.2"]);
     wait_until("both followed", LIMIT, || is_followed(&sandbox, &web) && is_followed(&sandbox, &shop));
     assert!(by_unit.is_running(), "{}", by_unit.stderr());
+}
+
+/// The hook reads no environment: it looks where `systemctl` puts what all users or this one have enabled.
+#[test]
+fn under_a_users_systemd_the_unit_of_the_user_starts_it() {
+    let sandbox = Sandbox::new();
+    sandbox.sh("mkdir -p /run/systemd/system");
+    let user = User::new(&sandbox);
+    let (pid, _init) = user.container();
+    let pid = pid.to_string();
+    let apply = || user.hook(&["apply", "--pid", &pid, "--interface", "eth1=backup", "--follow", "always"]);
+    sandbox.sh("grep -v '^[^:]*:[^:]*:1000:' /etc/passwd >/run/passwd || true; cat /run/passwd >/etc/passwd");
+    let said = apply();
+    assert!(said.stderr.contains("uid 1000, who may have enabled it alone, is not in /etc/passwd"), "{said}");
+    assert!(said.stderr.contains("systemctl --global enable"), "{said}");
+    sandbox.sh("echo 'somebody:x:1000:1000::/run/home:/bin/sh' >>/etc/passwd");
+    let said = apply();
+    assert!(said.stderr.contains("systemctl --user enable --now mptcp-hook-agent.path"), "{said}");
+    assert!(said.stderr.contains("is not enabled (") && said.stderr.contains("systemctl --global enable"), "{said}");
+    for directory in ["/run/home/.config/systemd/user", "/run/user/1000/systemd/user", "/etc/systemd/user"] {
+        let wants = format!("{directory}/paths.target.wants");
+        sandbox.sh(&format!("mkdir -p {wants}; ln -s /nowhere {wants}/mptcp-hook-agent.path"));
+        let said = apply();
+        assert!(!said.stderr.contains("no agent runs"), "{directory}: {said}");
+        let status = user.status();
+        let reason = status["containers"][0]["not_followed"].as_str().unwrap_or_default();
+        assert!(reason.contains("systemctl --user start mptcp-hook-agent.path"), "{directory}: {status:#}");
+        sandbox.sh(&format!("rm -r {wants}"));
+    }
+    assert!(agents(&sandbox).is_empty());
+    // One that somebody has started stands for it whatever is enabled.
+    let (_, _by_hand) = user.spawn_agent();
+    let said = apply();
+    assert!(!said.stderr.contains("no agent runs"), "{said}");
+    let said =
+        user.hook(&["apply", "--state-dir", "/run/user/1000/elsewhere", "--pid", &pid, "--interface", "eth1=backup"]);
+    assert!(said.stderr.contains("mptcp-hook agent --state-dir /run/user/1000/elsewhere"), "{said}");
 }
 
 #[test]
@@ -564,6 +657,7 @@ fn a_namespace_without_a_process_is_not_followed() {
 /// change an address and to look for an endpoint at all: on a loaded machine most of the time.
 fn measure_addresses(sandbox: &Sandbox, container: &Bare, limit: Duration) {
     const ROUNDS: usize = 20;
+    let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(sandbox);
     wait_until("it is followed", LIMIT, || is_followed(sandbox, container));
@@ -658,6 +752,8 @@ fn addresses_that_apply_would_not_use_are_not_used() {
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
+    // Before that the kernel takes a temporary address for one that has failed.
+    wait_until("the link", LIMIT, || sandbox.sh_in(&container.netns(), "ip -o link show eth1").contains("state UP"));
     sandbox.sh_in(
         &container.netns(),
         "echo 2 >/proc/sys/net/ipv6/conf/eth1/use_tempaddr
@@ -682,6 +778,12 @@ fn addresses_that_apply_would_not_use_are_not_used() {
     wait_state(&sandbox, &container, "applied");
 }
 
+/// DAD on eth1 takes a minute from now on, however slow the machine is.
+const SLOW_DAD: &str = "echo 60 >/proc/sys/net/ipv6/conf/eth1/dad_transmits";
+
+/// DAD that is under way on eth1 ends about a second from now.
+const END_DAD: &str = "echo 10 >/proc/sys/net/ipv6/neigh/eth1/retrans_time_ms";
+
 #[test]
 fn an_ipv6_address_is_used_while_it_is_tentative() {
     let sandbox = Sandbox::new();
@@ -689,12 +791,12 @@ fn an_ipv6_address_is_used_while_it_is_tentative() {
     container.oci(&BACKUP).ok();
     agent(&sandbox);
     let netns = container.netns();
-    // DAD takes long here, so that there is no doubt that it is under way.
-    sandbox.sh_in(&netns, "echo 4 >/proc/sys/net/ipv6/conf/eth1/dad_transmits; ip address add fd00:2::2/64 dev eth1");
+    sandbox.sh_in(&netns, &format!("{SLOW_DAD}; ip address add fd00:2::2/64 dev eth1"));
     wait_endpoints(&sandbox, &container, &["fd00:2::2"]);
-    let tentative = || !sandbox.sh_in(&netns, "ip -6 -o address show dev eth1 tentative").is_empty();
+    let tentative = || sandbox.tentative(&netns).contains(&"eth1".to_owned());
     assert!(tentative(), "DAD was over before the endpoint was there");
     let id = sandbox.endpoints_on(&netns, "eth1")[0].id;
+    sandbox.sh_in(&netns, END_DAD);
     wait_until("the end of DAD", LIMIT, || !tentative());
     std::thread::sleep(QUIET);
     let endpoints = sandbox.endpoints_on(&netns, "eth1");
@@ -710,21 +812,20 @@ fn an_ipv6_address_with_a_lifetime_is_used_after_dad() {
     container.oci(&BACKUP).ok();
     agent(&sandbox);
     let netns = container.netns();
-    sandbox.sh_in(
-        &netns,
-        "echo 3 >/proc/sys/net/ipv6/conf/eth1/dad_transmits
-         ip address add fd00:2::2/64 dev eth1 valid_lft 900 preferred_lft 900",
-    );
-    let (before, after) = inside(&sandbox, &netns, || {
+    sandbox.sh_in(&netns, &format!("{SLOW_DAD}; ip address add fd00:2::2/64 dev eth1 valid_lft 900 preferred_lft 900"));
+    inside(&sandbox, &netns, || {
         let tentative = || !ip("-6 -o address show dev eth1 tentative").is_empty();
+        std::thread::sleep(QUIET);
+        let is_used = has_endpoint("fd00:2::2");
         assert!(tentative(), "DAD was over at once");
-        let mut before = 0;
-        while !has_endpoint("fd00:2::2") {
-            before += u32::from(tentative());
-        }
-        (before, tentative())
+        assert!(!is_used, "used while it was tentative");
     });
-    assert!(before > 0 && !after, "used while it was tentative");
+    sandbox.sh_in(&netns, END_DAD);
+    inside(&sandbox, &netns, || {
+        let begin = Instant::now();
+        time_until("the endpoint", begin, || has_endpoint("fd00:2::2"));
+        assert!(ip("-6 -o address show dev eth1 tentative").is_empty(), "used while it was tentative");
+    });
     wait_endpoints(&sandbox, &container, &["fd00:2::2"]);
 }
 
@@ -897,6 +998,67 @@ fn more_addresses_than_endpoints_take_turns() {
     assert_sound(&sandbox);
 }
 
+/// A container's author may add and remove what he likes in his namespace: it costs the others nothing, and his own record
+/// stays one that can be written.
+#[test]
+fn a_container_that_changes_all_the_time_keeps_nobody_waiting() {
+    let sandbox = Sandbox::new();
+    let (busy, web) = (wired(&sandbox, "busy"), wired(&sandbox, "web"));
+    for container in [&busy, &web] {
+        container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    }
+    let pid = agent(&sandbox);
+    let journal = Journal::listen(&sandbox);
+    let many: String = (0..9000)
+        .map(|n| format!("address add fd00:1111:2222:3333:4444:5555:6666:{n:x}/128 dev eth1 nodad\n"))
+        .collect();
+    sandbox.write("/run/many", &many);
+    sandbox.sh_in(&busy.netns(), "ip -batch /run/many");
+    wait_until("eight endpoints", LIMIT, || addresses(&sandbox, &busy.netns()).len() == 8);
+    let flap = "while :; do ip address add 10.0.2.2/32 dev eth1; ip address del 10.0.2.2/32 dev eth1; done";
+    let mut flapping = sandbox.spawn_in(&busy.netns(), &["sh", "-ec", flap]);
+
+    // The time of the processor that the agent takes, in hundredths of a second.
+    let ticks = || {
+        let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).expect("the agent's times");
+        let (_, rest) = stat.rsplit_once(") ").expect("proc(5)");
+        let times = rest.split(' ').skip(11).take(2).map(|time| time.parse::<u64>().expect("a number"));
+        times.sum::<u64>()
+    };
+    // Until its credit is used up nothing is held back.
+    let begin = (Instant::now(), ticks());
+    wait_until("an agent that lets it wait", LIMIT, || {
+        let before = (Instant::now(), ticks());
+        std::thread::sleep(Duration::from_secs(2));
+        (ticks() - before.1) as f64 / 100.0 < before.0.elapsed().as_secs_f64() / 3.0
+    });
+    println!("it has taken {} ticks in {:?}", ticks() - begin.1, begin.0.elapsed());
+    for number in 2..7 {
+        let new = format!("10.0.2.{number}");
+        let begin = Instant::now();
+        address(&sandbox, &web, &format!("add {new}/24 dev eth1"));
+        let soon = Duration::from_secs(15);
+        wait_until("the other's endpoint", soon, || addresses(&sandbox, &web.netns()).is_superset(&set(&[&new])));
+        println!("{new} after {:?}", begin.elapsed());
+    }
+    assert!(flapping.is_running(), "{}", flapping.stderr());
+    flapping.signal(Signal::SIGKILL);
+    flapping.wait(LIMIT);
+    address(&sandbox, &busy, "flush dev eth1 to 10.0.2.2");
+
+    // What is said of those that have no endpoint is short, and `apply` can change what is asked for.
+    let size = sandbox.sh(&format!("stat -c %s {STATE_DIR}/containers/*.{}.*", busy.id()));
+    assert!(size.trim().parse::<u64>().expect("a size") < 20_000, "{size}");
+    let status = sandbox.hook(&["status"]).ok();
+    assert!(status.contains("more: a namespace has at most 8") && status.len() < 5000, "{} bytes", status.len());
+    sandbox.hook(&["apply", busy.id(), "--interface", "eth1=subflow"]).ok();
+    let said = journal.entries();
+    assert!(!said.iter().any(|entry| entry.contains("could not be")), "{said:#?}");
+    assert!(sandbox.endpoints_on(&busy.netns(), "eth1").iter().all(|endpoint| endpoint.flags == ["subflow"]));
+    assert_eq!(agent(&sandbox), pid);
+    assert_sound(&sandbox);
+}
+
 // --- what others do -------------------------------------------------------------------------------------------------
 
 #[test]
@@ -944,6 +1106,50 @@ fn a_foreign_change_is_put_back_once_and_then_reported() {
         assert!(backup(), "{:?}", flags());
         assert_eq!(interface(&sandbox, &container)["state"], "applied");
     }
+}
+
+#[test]
+fn a_foreign_change_of_the_limits_is_put_back_once_and_then_reported() {
+    let sandbox = Sandbox::new();
+    let container = wired(&sandbox, "web");
+    let journal = Journal::listen(&sandbox);
+    address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
+    let follow = ["--interface", "eth1=backup", "--limit", "subflows=5", "--follow", "always"];
+    container.oci(&follow).ok();
+    agent(&sandbox);
+    let netns = container.netns();
+    let limits = || sandbox.sh_in(&netns, "ip mptcp limits show");
+    // Of limits the kernel says nothing, but of addresses.
+    let lower = |subflows: u8| {
+        sandbox.sh_in(&netns, &format!("ip mptcp limits set subflows {subflows}"));
+        address(&sandbox, &container, &format!("add 10.0.3.{subflows}/24 dev eth1"));
+    };
+    let mut said = Vec::new();
+    let mut hear = |words: &str| {
+        wait_until(words, LIMIT, || {
+            said.extend(journal.entries());
+            said.iter().any(|entry| entry.contains(words) && entry.contains(container.id()))
+        });
+    };
+    wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
+    lower(3);
+    wait_endpoints(&sandbox, &container, &["10.0.2.2", "10.0.3.3"]);
+    wait_until("they are put back", LIMIT, || limits().contains("subflows 5"));
+    hear("the limits were put back to subflows 5 add_addr_accepted 0");
+    assert!(sandbox.conflicts().is_empty(), "{:#}", sandbox.status());
+    lower(2);
+    hear("somebody has set the limits to subflows 2 add_addr_accepted 0 again");
+    address(&sandbox, &container, "add 10.0.3.9/24 dev eth1");
+    wait_endpoints(&sandbox, &container, &["10.0.2.2", "10.0.3.2", "10.0.3.3", "10.0.3.9"]);
+    assert!(limits().contains("subflows 2"), "they were put back twice: {}", limits());
+    let conflicts = sandbox.conflicts();
+    assert_eq!(conflicts.len(), 1, "{conflicts:#?}");
+    assert_eq!((&conflicts[0]["outcome"], &conflicts[0]["key"]), (&json!("drift"), &json!("limits")));
+    let text = sandbox.hook(&["status"]).ok();
+    assert!(text.contains("mptcp-hook apply sets them anew"), "{text}");
+    // Whoever asks again gets it again.
+    container.oci(&follow).ok();
+    assert!(limits().contains("subflows 5"), "{}", limits());
 }
 
 #[test]
@@ -996,13 +1202,21 @@ fn foreign_endpoints_are_never_touched() {
 fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
     const KEY: &str = "net/mptcp/add_addr_timeout";
     let sandbox = Sandbox::new();
-    let container = wired(&sandbox, "web");
+    let mut container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let sysctl = format!("{KEY}=60");
     let wish = ["--interface", "eth1=backup", "--sysctl", &sysctl, "--follow", "always"];
+    let overwrite = |container: &Bare| {
+        inside(&sandbox, &container.netns(), || std::fs::write(format!("/proc/sys/{KEY}"), "77").expect("writing it"));
+    };
+    // Before the agent's first look, however long the hook takes.
+    let other = wired(&sandbox, "other");
+    other.oci(&BACKUP).ok();
+    let pid = stop_agent(&sandbox);
     container.oci(&wish).ok();
+    overwrite(&container);
+    signal(&sandbox, pid, Signal::SIGCONT);
     let netns = container.netns();
-    sandbox.sh_in(&netns, &format!("echo 77 >/proc/sys/{KEY}"));
     let drift = wait_for("the drift is recorded", LIMIT, || {
         sandbox.conflicts().into_iter().find(|conflict| conflict["outcome"] == "drift")
     });
@@ -1026,6 +1240,24 @@ fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
     container.oci(&wish).ok();
     assert_eq!(sandbox.sysctl(&netns, KEY).as_deref(), Some("60"), "whoever asks again gets it again");
     assert_eq!(sandbox.status_of(container.id())["settings"][0]["drifted"], Value::Null);
+    // In its next life the runtime does the same again, after the agent's first look and before the second.
+    let begin = Instant::now();
+    let in_time = |hook: Instant| hook.elapsed() < Duration::from_secs(1);
+    loop {
+        container = container.restarted();
+        let hook = Instant::now();
+        container.oci(&["--sysctl", &sysctl, "--follow", "always"]).ok();
+        std::thread::sleep(Duration::from_millis(200));
+        overwrite(&container);
+        if in_time(hook) {
+            break;
+        }
+        assert!(begin.elapsed() < LIMIT, "the hook is too slow for this");
+    }
+    let life = format!("process {} ", container.pid());
+    wait_until("it is recorded of that one, too", LIMIT, || {
+        sandbox.conflicts().iter().any(|conflict| conflict["reason"].as_str().is_some_and(|why| why.contains(&life)))
+    });
 }
 
 #[test]
@@ -1181,6 +1413,43 @@ fn another_life_of_a_container_is_followed_instead() {
     assert_sound(&sandbox);
 }
 
+/// Where the network comes later, an annotation's glob stands for what the policy gives of it.
+#[test]
+fn a_glob_of_an_annotation_gets_the_interfaces_that_the_policy_gives() {
+    let sandbox = Sandbox::new();
+    sandbox.policy("[annotations]\ninterfaces = [\"eth0\", \"eth1\"]\n");
+    let container = Bare::new(&sandbox, "web").annotation("mptcp-hook/interfaces", "eth*=backup");
+    container.oci(&[]).ok();
+    let states = || {
+        let status = sandbox.status_of(container.id());
+        let interfaces = status["interfaces"].as_array().cloned().unwrap_or_default();
+        interfaces.iter().map(|entry| format!("{} {}", entry["name"], entry["state"]).replace('"', "")).collect()
+    };
+    let wait = |expected: [&str; 2]| {
+        wait_until(&expected.join(", "), LIMIT, || {
+            let mut found: Vec<String> = states();
+            found.sort();
+            found == expected
+        });
+    };
+    assert_eq!(states(), ["eth* pending"]);
+    let plug = |number: u32| {
+        let link = format!("link add far{number} type veth peer name eth{number} netns {}", container.pid());
+        sandbox.ip_in(&Netns::Host, &format!("{link}\nlink set far{number} up"));
+        let commands = format!(
+            "link set eth{number} up\naddr add 10.0.{number}.2/24 dev eth{number}\nroute add default dev eth{number} metric {number}"
+        );
+        sandbox.ip_in(&container.netns(), &commands);
+    };
+    plug(7);
+    wait(["eth* pending", "eth7 ignored"]);
+    plug(1);
+    wait(["eth1 applied", "eth7 ignored"]);
+    let endpoints = sandbox.endpoints(&container.netns());
+    let found: Vec<String> = endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+    assert_eq!(found, ["10.0.1.2"]);
+}
+
 /// A mistake in the policy file holds it up as long as it is there.
 #[test]
 fn a_mistake_in_the_policy_is_waited_out() {
@@ -1207,27 +1476,91 @@ fn a_mistake_in_the_policy_is_waited_out() {
     sandbox.policy("on-conflct = \"warn\"\n");
     address(&sandbox, &container, "add 10.0.2.3/24 dev eth1");
     other.kill();
-    std::thread::sleep(LIMIT);
+    // Twice the longest pause of the agent, and more.
+    std::thread::sleep(Duration::from_secs(12));
     sandbox.policy("on-conflict = \"warn\"\n");
     wait_endpoints(&sandbox, &container, &["10.0.2.2", "10.0.2.3"]);
     wait_until("the release", LIMIT, || sandbox.status()["containers"].as_array().map(Vec::len) == Some(1));
     assert_eq!(agent(&sandbox), pid);
 }
 
+/// Nothing can be written for a while, or a record cannot be read. It goes on as soon as that is over, and says it once
+/// for each container, whatever happens meanwhile.
+#[test]
+fn what_does_not_work_for_a_while_is_tried_until_it_does() {
+    let sandbox = Sandbox::new();
+    sandbox.sh(&format!("mkdir {STATE_DIR}; mount -t tmpfs -o size=1m,mode=700 tmpfs {STATE_DIR}"));
+    let journal = Journal::listen(&sandbox);
+    let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
+    for container in [&web, &shop] {
+        container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    }
+    kill_agent(&sandbox);
+    let record = sandbox.sh(&format!("ls {STATE_DIR}/containers/*.{}.*", shop.id()));
+    sandbox.sh(&format!("cp -p {record} /run/whole; echo nonsense >{record}"));
+    let by_hand = sandbox.spawn(&[&hook().display().to_string(), "agent"]);
+    agent(&sandbox);
+    address(&sandbox, &web, "add 10.0.2.2/24 dev eth1");
+    wait_until("its endpoint", LIMIT, || addresses(&sandbox, &web.netns()) == set(&["10.0.2.2"]));
+    sandbox.sh(&format!("mkdir -p {STATE_DIR}/damaged; head -c 2000000 /dev/zero >{STATE_DIR}/damaged/full || true"));
+    for number in 3..9 {
+        address(&sandbox, &web, &format!("add 10.0.2.{number}/24 dev eth1"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let mut said = Vec::new();
+    let mut count = |words: [&str; 2]| {
+        said.extend(journal.entries());
+        said.iter().filter(|entry| words.iter().all(|word| entry.contains(word))).count()
+    };
+    let failed = ["could not be brought to what was asked for", web.id()];
+    let unknown = ["cannot be followed", shop.id()];
+    wait_until("both are said", LIMIT, || count(failed) > 0 && count(unknown) > 0);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!((count(failed), count(unknown)), (1, 1));
+    sandbox.sh(&format!("rm {STATE_DIR}/damaged/full; cp -p /run/whole {record}"));
+    address(&sandbox, &shop, "add 10.0.2.2/24 dev eth1");
+    wait_endpoints(&sandbox, &shop, &["10.0.2.2"]);
+    wait_until("all of them", LIMIT, || addresses(&sandbox, &web.netns()).len() == 7);
+    assert!(is_followed(&sandbox, &web) && is_followed(&sandbox, &shop));
+    drop(by_hand);
+}
+
 // --- the end of a container -----------------------------------------------------------------------------------------
 
-/// How long the host's end of a killed container's veth stays, with the agent and without, turn by turn. `busy`: the
-/// agent has always something to do for another container.
-fn measure_ends(busy: bool) {
-    const ROUNDS: usize = 12;
+/// What the agent does when a container ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Busy {
+    /// Nothing.
+    Idle,
+    /// It always has something to do for another container.
+    Elsewhere,
+    /// It is inside this one and deletes endpoints, which takes the kernel some 15 ms for each.
+    Inside,
+}
+
+/// Times are measured by one test after the other: they share a worker of the kernel's.
+static MEASURING: Mutex<()> = Mutex::new(());
+
+/// How long the host's end of a killed container's veth stays, with the agent and without, turn by turn.
+fn measure_ends(busy: Busy) {
+    /// Those with an agent and those without, together, and how often they are measured where the first are too late.
+    const ROUNDS: usize = 24;
+    const BLOCKS: usize = 3;
+    let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let sandbox = Sandbox::new();
     let keeper = wired(&sandbox, "keep");
     keeper.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     let pid = agent(&sandbox);
     let changes = "while :; do ip address add 10.0.2.2/32 dev eth1; ip address del 10.0.2.2/32 dev eth1; done";
-    let _changing = busy.then(|| sandbox.spawn_in(&keeper.netns(), &["sh", "-ec", changes]));
+    let _changing = (busy == Busy::Elsewhere).then(|| sandbox.spawn_in(&keeper.netns(), &["sh", "-ec", changes]));
     let (mut with, mut without) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS * 2 {
+    // The kernel itself takes its time for a namespace, above all on a loaded machine; the agent has 50 ms beside.
+    let mut is_in_time = false;
+    let mut rounds = 0;
+    while !is_in_time {
+        assert!(rounds < BLOCKS * ROUNDS, "with an agent it takes 50 ms longer, {BLOCKS} times in a row: see above");
+        let round = rounds;
+        rounds += 1;
         let (follow, times) = match round % 2 {
             0 => ("always", &mut with),
             _ => ("never", &mut without),
@@ -1238,6 +1571,13 @@ fn measure_ends(busy: bool) {
         if follow == "always" {
             address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
             wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
+        }
+        if busy == Busy::Inside {
+            let more = (3..10).map(|last| format!("ip address add 10.0.2.{last}/24 dev eth1\n")).collect::<String>();
+            sandbox.sh_in(&container.netns(), &more);
+            let all = || addresses(&sandbox, &container.netns()).len() == 8;
+            wait_until("eight endpoints", LIMIT, || follow == "never" || all());
+            address(&sandbox, &container, "flush dev eth1");
         }
         let init = outer(&sandbox, container.pid());
         let link = format!("{name}1");
@@ -1252,19 +1592,20 @@ fn measure_ends(busy: bool) {
             begin.elapsed()
         }));
         container.kill();
+        if rounds % ROUNDS == 0 {
+            let with = median(&format!("gone with an agent ({busy:?})"), std::mem::take(&mut with));
+            let without = median("gone without one", std::mem::take(&mut without));
+            is_in_time = with < without + Duration::from_millis(50);
+        }
     }
-    let busy = if busy { "busy" } else { "idle" };
-    let with = median(&format!("gone with an agent that is {busy}"), with);
-    let without = median("gone without one", without);
-    // The kernel itself takes its time for a namespace, above all on a loaded machine; the agent has 50 ms beside.
-    assert!(with < without + Duration::from_millis(50), "with an agent {with:?}, without {without:?}");
+    let left_alone = rounds / 2;
     // Those without an agent wait for somebody to clean up; the others are let go.
     wait_until("the dead are let go", LIMIT, || {
-        sandbox.status()["containers"].as_array().map(Vec::len) == Some(ROUNDS + 1)
+        sandbox.status()["containers"].as_array().map(Vec::len) == Some(left_alone + 1)
     });
     let status = sandbox.status();
     let containers = status["containers"].as_array().expect("a list");
-    assert_eq!(containers.iter().filter(|container| container["live"] == false).count(), ROUNDS, "{status:#}");
+    assert_eq!(containers.iter().filter(|container| container["live"] == false).count(), left_alone, "{status:#}");
     assert_eq!(agent(&sandbox), pid);
     assert_sound(&sandbox);
 }
@@ -1272,12 +1613,17 @@ fn measure_ends(busy: bool) {
 /// The agent's sockets must not keep a namespace: the host's end of its veth goes as fast as without an agent.
 #[test]
 fn a_killed_containers_namespace_is_gone_at_once() {
-    measure_ends(false);
+    measure_ends(Busy::Idle);
 }
 
 #[test]
 fn a_killed_containers_namespace_is_gone_at_once_while_the_agent_is_busy() {
-    measure_ends(true);
+    measure_ends(Busy::Elsewhere);
+}
+
+#[test]
+fn a_killed_containers_namespace_is_gone_at_once_while_the_agent_is_busy_inside() {
+    measure_ends(Busy::Inside);
 }
 
 /// An engine's poststop comes while the agent lets the same container go, and the next start right after it.
@@ -1298,6 +1644,30 @@ fn the_agent_and_poststop_let_the_same_container_go() {
         container = Bare::in_netns(&sandbox, "web", &netns);
     }
     assert_sound(&sandbox);
+}
+
+/// A hook is about to bring a container back that has just ended: it has its lock and no record yet.
+#[test]
+fn whom_a_hook_works_on_stays_on_the_list() {
+    let sandbox = Sandbox::new();
+    let mut container = wired(&sandbox, "web");
+    container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    agent(&sandbox);
+    wait_until("it is followed", LIMIT, || is_followed(&sandbox, &container));
+    address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
+    wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
+    let key = sandbox.sh(&format!("ls {STATE_DIR}/follow"));
+    let lock = File::options().write(true).open(sandbox.outside(&format!("{STATE_DIR}/locks/container:{key}")));
+    let lock = Flock::lock(lock.expect("the container's lock"), FlockArg::LockExclusive).expect("locking it");
+    sandbox.sh(&format!("mv {STATE_DIR}/containers/{key} /run/record"));
+    container.kill();
+    std::thread::sleep(QUIET);
+    let is_listed = || sandbox.outside(&format!("{STATE_DIR}/follow/{key}")).exists();
+    assert!(is_listed(), "it was taken off the list");
+    sandbox.sh(&format!("mv /run/record {STATE_DIR}/containers/{key}"));
+    drop(lock);
+    wait_until("the release", LIMIT, || sandbox.status()["containers"] == json!([]) && !is_listed());
+    sandbox.assert_ledger_is_empty();
 }
 
 #[test]
@@ -1322,9 +1692,57 @@ fn a_killed_containers_claims_on_the_host_are_restored() {
     sandbox.assert_ledger_is_empty();
 }
 
+/// A hook in a namespace of somebody's own has forked the agent, out of which values of the host cannot be put back: that is
+/// for those to do who can.
+#[test]
+fn an_agent_that_cannot_reach_the_hosts_values_leaves_them_to_poststop() {
+    for key in ["net/core/netdev_max_backlog", "net/core/wmem_max"] {
+        let value = HostValue::of_sysctl(key);
+        let sandbox = Sandbox::host_network();
+        sandbox.sh("ip netns add vpn");
+        let elsewhere = Bare::new(&sandbox, "elsewhere");
+        let program = hook().display().to_string();
+        let pid = elsewhere.pid().to_string();
+        let apply = [&program, "apply", "--pid", &pid, BACKUP[0], BACKUP[1], "--name", elsewhere.id()];
+        sandbox.run_in(&Netns::named("vpn"), &apply).ok();
+        let agent_pid = agent(&sandbox);
+        let another = (value.original().parse::<u64>().expect("a number") + 4096).to_string();
+        let wish = format!("{}={another}", key.replace('/', "."));
+        let journal = Journal::listen(&sandbox);
+        let mut said = Vec::new();
+        let mut times_left = |container: &Bare| {
+            said.extend(journal.entries());
+            let is_it =
+                |entry: &&String| entry.contains(container.id()) && entry.contains("is left to the poststop hook");
+            said.iter().filter(is_it).count()
+        };
+        for by_poststop in [true, false] {
+            let mut web = Bare::new(&sandbox, if by_poststop { "web" } else { "crashed" });
+            web.oci(&["--sysctl", &wish, "--follow", "always"]).ok();
+            wait_until("it is followed", LIMIT, || is_followed(&sandbox, &web));
+            assert_eq!(value.current(), another);
+            web.kill();
+            wait_until("it is left to others", LIMIT, || times_left(&web) > 0);
+            assert_eq!((value.current(), sandbox.status_of(web.id())["live"].clone()), (another.clone(), json!(false)));
+            // Whoever looks anew does not begin anew.
+            wait_until("it is on no list", LIMIT, || !sandbox.sh(&format!("ls {STATE_DIR}/follow")).contains(web.id()));
+            if by_poststop {
+                web.poststop().ok();
+            } else {
+                sandbox.hook(&["release", "--stale"]).ok();
+            }
+            assert_eq!(value.current(), value.original());
+            assert_eq!(sandbox.status()["containers"].as_array().map(Vec::len), Some(1));
+            assert_eq!(times_left(&web), 1);
+        }
+        assert_eq!(agent(&sandbox), agent_pid);
+        assert_sound(&sandbox);
+    }
+}
+
 /// Nobody needs it for a minute; whoever comes meanwhile has the same one.
 #[test]
-fn it_ends_a_minute_after_the_last_container() {
+fn a_minute_after_the_last_container_it_ends() {
     let sandbox = Sandbox::new();
     let mut web = wired(&sandbox, "web");
     web.oci(&BACKUP).ok();
@@ -1387,11 +1805,15 @@ fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
     agent(&sandbox);
     for (round, by_apply) in [false, true].into_iter().enumerate() {
         let plans: Vec<_> = (0..CONTAINERS).map(|n| changes((round * CONTAINERS + n) as u64, 50)).collect();
+        // The second half waits for it.
+        let killed = sandbox.dir().join(format!("killed.{round}"));
         let all: Vec<Running> = containers
             .iter()
             .zip(&plans)
             .map(|(container, (commands, _))| {
-                let script: String = commands.iter().map(|c| format!("ip {c}; echo; sleep 0.01\n")).collect();
+                let mut lines: Vec<String> = commands.iter().map(|c| format!("ip {c}; echo; sleep 0.01\n")).collect();
+                lines.insert(25, format!("while [ ! -e {} ]; do sleep 0.01; done\n", killed.display()));
+                let script = lines.concat();
                 sandbox.spawn_in(&container.netns(), &["sh", "-ec", &script])
             })
             .collect();
@@ -1399,7 +1821,8 @@ fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
         wait_until("the first half of the changes", LIMIT, || done() >= 80);
         kill_agent(&sandbox);
         let at_kill = done();
-        assert!(at_kill < 200, "all changes were over");
+        assert!(at_kill <= 100, "the second half did not wait: {at_kill}");
+        std::fs::write(&killed, "").expect("saying that the agent was killed");
         wait_until("changes that no agent sees", LIMIT, || done() >= at_kill + 20);
         let mut by_hand = None;
         if by_apply {
@@ -1548,34 +1971,115 @@ fn a_container_that_ends_while_no_agent_runs_is_let_go_by_the_next() {
     wait_endpoints(&sandbox, &shop, &["10.0.2.2"]);
 }
 
-/// How many messages the sockets of a namespace have lost: the column Drops of /proc/net/netlink.
-fn drops(sandbox: &Sandbox, netns: &Netns) -> u64 {
+/// What /proc/net/netlink of a namespace says of its sockets in a column.
+fn netlink_sockets(sandbox: &Sandbox, netns: &Netns, column: &str) -> Vec<u64> {
     let table = sandbox.run_in(netns, &["cat", "/proc/net/netlink"]).ok();
-    let column = table.lines().next().and_then(|head| head.split_whitespace().position(|word| word == "Drops"));
-    let column = column.expect("a column Drops");
-    table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(column)?.parse::<u64>().ok()).sum()
+    let position = table.lines().next().and_then(|head| head.split_whitespace().position(|word| word == column));
+    let position = position.unwrap_or_else(|| panic!("no column {column}"));
+    table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(position)?.parse().ok()).collect()
+}
+
+/// A socket would keep the namespace for a while after its end, even one that is closed at once.
+#[test]
+fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
+    let sandbox = Sandbox::new();
+    let mut web = wired(&sandbox, "web");
+    let mut other = wired(&sandbox, "other");
+    web.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    let pid = agent(&sandbox);
+    let change = |container: &Bare| {
+        address(&sandbox, container, "add 10.0.2.2/24 dev eth1");
+        wait_endpoints(&sandbox, container, &["10.0.2.2"]);
+    };
+    change(&web);
+    let own = |netns: &Netns| {
+        let all = netlink_sockets(&sandbox, netns, "Inode");
+        let held = descriptors(&sandbox, pid);
+        all.iter().filter(|inode| held.contains(&format!("socket:[{inode}]"))).count()
+    };
+    // While it works it has some for a moment.
+    let before = wait_for("an agent with one socket", LIMIT, || {
+        let before = descriptors(&sandbox, pid).len();
+        let is_one = own(&Netns::Host) == 1 && own(&web.netns()) == 0;
+        std::thread::sleep(Duration::from_millis(100));
+        (is_one && descriptors(&sandbox, pid).len() == before).then_some(before)
+    });
+    other.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    change(&other);
+    let one_more = || descriptors(&sandbox, pid).len() == before + 1;
+    wait_until("one descriptor more", LIMIT, || one_more() && own(&other.netns()) == 0);
+
+    // The next container may have the number of one that is gone.
+    for round in 0..4 {
+        other.kill();
+        wait_until("the release", LIMIT, || sandbox.status()["containers"].as_array().map(Vec::len) == Some(1));
+        wait_until("the end of its namespace", LIMIT, || {
+            let links = sandbox.sh("ip -o link show");
+            !links.contains("other") && !links.contains(&format!("r{}1", round - 1))
+        });
+        other = wired(&sandbox, &format!("r{round}"));
+        other.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+        change(&other);
+        address(&sandbox, &web, &format!("add 10.0.3.{round}/24 dev eth1"));
+        wait_until("both are followed", LIMIT, || addresses(&sandbox, &web.netns()).len() == 2 + round as usize);
+        wait_until("one descriptor more", LIMIT, one_more);
+    }
+    assert_eq!(agent(&sandbox), pid);
+    web.kill();
+    assert_sound(&sandbox);
+}
+
+/// Without CAP_NET_BROADCAST the kernel says nothing of other namespaces.
+#[test]
+fn an_agent_that_hears_nothing_from_elsewhere_listens_inside() {
+    require("setpriv", "util-linux");
+    let sandbox = Sandbox::new();
+    let program = hook().display().to_string();
+    let _agent = sandbox.spawn(&["setpriv", "--bounding-set", "-net_broadcast", &program, "agent"]);
+    let pid = agent(&sandbox);
+    let mut web = wired(&sandbox, "web");
+    web.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    for number in 2..5 {
+        address(&sandbox, &web, &format!("add 10.0.{number}.2/24 dev eth1"));
+        wait_until("it is followed", LIMIT, || addresses(&sandbox, &web.netns()).len() == number - 1);
+    }
+    let held = descriptors(&sandbox, pid);
+    let inside = netlink_sockets(&sandbox, &web.netns(), "Inode");
+    assert!(inside.iter().any(|inode| held.contains(&format!("socket:[{inode}]"))), "{inside:?} {held:?}");
+    web.kill();
+    wait_until("the release", LIMIT, || sandbox.status()["containers"] == json!([]));
+    assert_eq!(agent(&sandbox), pid);
 }
 
 #[test]
 fn lost_messages_of_the_kernel_lose_nothing() {
     let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
-    container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    let other = wired(&sandbox, "other");
+    for container in [&container, &other] {
+        container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+        address(&sandbox, container, "add 10.0.2.2/32 dev eth1");
+        wait_endpoints(&sandbox, container, &["10.0.2.2"]);
+    }
+    let lost = || netlink_sockets(&sandbox, &Netns::Host, "Drops").iter().sum::<u64>();
     let netns = container.netns();
-    address(&sandbox, &container, "add 10.0.2.2/32 dev eth1");
-    wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
     let pid = stop_agent(&sandbox);
-    let (mut commands, mut expected) = changes(7, 3000);
-    // The last changes are the ones that are lost.
+    let before = lost();
+    // More than the agent's buffer holds: the last changes, and those of the other one, are the ones that are lost.
+    let noise = (0..4000).map(|n| format!("link set eth0 mtu {}", 1400 + n % 2));
+    let (changes, mut expected) = changes(7, 200);
     expected.insert("10.0.2.99".parse().expect("an address"));
-    commands.insert(0, "address del 10.0.2.2/32 dev eth1".into());
-    commands.push("address add 10.0.2.99/32 dev eth1".into());
+    let first = ["address del 10.0.2.2/32 dev eth1".into()];
+    let last = ["address add 10.0.2.99/32 dev eth1".into()];
+    let commands: Vec<String> = noise.chain(first).chain(changes).chain(last).collect();
     std::fs::write(sandbox.dir().join("batch"), commands.join("\n")).expect("a batch for ip");
     sandbox.sh_in(&netns, &format!("ip -batch {}/batch", sandbox.dir().display()));
-    let lost = drops(&sandbox, &netns);
-    assert!(lost > 0, "nothing was lost");
+    address(&sandbox, &other, "add 10.0.2.99/32 dev eth1");
+    let lost = lost() - before;
+    assert!(lost > 200, "{lost} messages were lost");
     signal(&sandbox, pid, Signal::SIGCONT);
     wait_set(&sandbox, &container, &expected);
+    wait_endpoints(&sandbox, &other, &["10.0.2.2", "10.0.2.99"]);
     println!("{lost} messages were lost");
     // It hears the next ones again.
     address(&sandbox, &container, "flush dev eth1");
@@ -1627,6 +2131,108 @@ fn lost_messages_of_the_ledger_lose_nothing() {
     assert!(!is_followed(&sandbox, &old[2]));
     assert_eq!(addresses(&sandbox, &old[2].netns()), set(&["10.0.2.2"]));
     assert_eq!(agent(&sandbox), pid);
+    assert_sound(&sandbox);
+}
+
+/// What the agent's descriptors lead to.
+fn descriptors(sandbox: &Sandbox, pid: u32) -> Vec<String> {
+    let entries = std::fs::read_dir(sandbox.outside(&format!("/proc/{pid}/fd"))).expect("the agent's descriptors");
+    let targets = entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    targets.map(|target| target.display().to_string()).collect()
+}
+
+/// `crun run` in the foreground, of a container that the agent has to follow.
+fn run_in_front<'a>(sandbox: &'a Sandbox, name: &str) -> (Container<'a>, Running) {
+    let front = Bundle::new(sandbox, name)
+        .annotation("mptcp-hook/interface.eth1", "backup")
+        .mptcp_hook(Stage::CreateRuntime)
+        .write(Runtime::Crun);
+    let directory = front.bundle().display().to_string();
+    let running = sandbox.spawn(&["crun", "run", "--bundle", &directory, front.id()]);
+    (front, running)
+}
+
+/// `crun run` in the foreground waits for the agent that its hook has forked, and the end of a process that has watched
+/// something by inotify takes its time. Until crun is out of the way the agent does without.
+#[test]
+fn while_crun_waits_for_it_the_agent_can_end_at_once() {
+    let sandbox = Sandbox::new();
+    let by_inotify = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:inotify");
+    let by_signal = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:[signalfd]");
+    let (front, running) = run_in_front(&sandbox, "front");
+    let first = agent(&sandbox);
+    assert!(by_signal(first) && !by_inotify(first), "{:?}", descriptors(&sandbox, first));
+    // Whoever comes, leaves or asks for something else is seen as well.
+    let web = wired(&sandbox, "web");
+    web.oci(&BACKUP).ok();
+    address(&sandbox, &web, "add 10.0.2.2/24 dev eth1");
+    wait_endpoints(&sandbox, &web, &["10.0.2.2"]);
+    let mut shop = wired(&sandbox, "shop");
+    shop.oci(&BACKUP).ok();
+    shop.oci(&["--interface", "eth1=backup", "--follow", "never"]).ok();
+    // By then it has left crun's cgroups, and is crun's child all the same.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(by_signal(first) && !by_inotify(first), "{:?}", descriptors(&sandbox, first));
+    address(&sandbox, &shop, "add 10.0.3.2/24 dev eth1");
+    address(&sandbox, &web, "add 10.0.3.2/24 dev eth1");
+    wait_endpoints(&sandbox, &web, &["10.0.2.2", "10.0.3.2"]);
+    assert_eq!(addresses(&sandbox, &shop.netns()), set(&[]));
+    shop.stop().ok();
+
+    // Nobody waits for the next one, which crun's poststop hook starts for the others.
+    front.runtime(&["kill", front.id(), "KILL"]).ok();
+    assert_eq!(running.wait(LIMIT).code, Some(128 + Signal::SIGKILL as i32));
+    let second = agent(&sandbox);
+    assert_ne!(second, first);
+    wait_until("an agent that uses inotify", LIMIT, || by_inotify(second) && !by_signal(second));
+    address(&sandbox, &web, "del 10.0.3.2/24 dev eth1");
+    wait_endpoints(&sandbox, &web, &["10.0.2.2"]);
+    let cart = wired(&sandbox, "cart");
+    cart.oci(&BACKUP).ok();
+    address(&sandbox, &cart, "add 10.0.2.2/24 dev eth1");
+    wait_endpoints(&sandbox, &cart, &["10.0.2.2"]);
+    assert_eq!(agent(&sandbox), second);
+    assert_sound(&sandbox);
+}
+
+/// The agent has to end for a `crun run` in the foreground, and what comes next is the poststop hook. Whatever keeps that one
+/// from its own work, the others get an agent again.
+#[test]
+fn a_poststop_hook_that_fails_leaves_the_others_an_agent() {
+    let sandbox = Sandbox::new();
+    let web = wired(&sandbox, "web");
+    let mistake = || sandbox.policy("on-conflct = \"warn\"\n");
+    let none = || sandbox.policy("on-conflict = \"warn\"\n");
+    none();
+    for (round, is_policy) in [true, false].into_iter().enumerate() {
+        let (front, running) = run_in_front(&sandbox, &format!("front{round}"));
+        let first = agent(&sandbox);
+        web.oci(&BACKUP).ok();
+        wait_until("both followed", LIMIT, || {
+            let status = sandbox.status();
+            let all = status["containers"].as_array().map_or(&[][..], Vec::as_slice);
+            all.len() == 2 && all.iter().all(|container| container["followed"] == true)
+        });
+        let record = sandbox.sh(&format!("ls {STATE_DIR}/containers/*.{}.*", front.id()));
+        match is_policy {
+            true => mistake(),
+            false => drop(sandbox.sh(&format!("cp -p {record} /run/whole; echo nonsense >{record}"))),
+        }
+        front.runtime(&["kill", front.id(), "KILL"]).ok();
+        assert_eq!(running.wait(LIMIT).code, Some(128 + Signal::SIGKILL as i32));
+        let second = agent(&sandbox);
+        assert_ne!(second, first, "crun has waited for it");
+        match is_policy {
+            true => none(),
+            false => drop(sandbox.sh(&format!("cp -p /run/whole {record}"))),
+        }
+        let new = format!("10.0.2.{}", round + 2);
+        address(&sandbox, &web, &format!("add {new}/24 dev eth1"));
+        wait_until("its endpoint", LIMIT, || addresses(&sandbox, &web.netns()).is_superset(&set(&[&new])));
+        wait_until("the release", LIMIT, || sandbox.status()["containers"].as_array().map(Vec::len) == Some(1));
+        // The next round's hook starts the agent.
+        kill_agent(&sandbox);
+    }
     assert_sound(&sandbox);
 }
 
@@ -1700,13 +2306,243 @@ fn in_a_user_namespace_it_works_for_that_users_containers() {
     assert_eq!(agents(&sandbox).len(), 1);
 }
 
+/// A user without rights, and a container in a user namespace of that user's.
+struct User<'a> {
+    sandbox: &'a Sandbox,
+    program: String,
+}
+
+impl<'a> User<'a> {
+    const UID: u32 = 1000;
+
+    fn new(sandbox: &'a Sandbox) -> Self {
+        let uid = Self::UID;
+        sandbox.sh(&format!("install -d -m 755 /run/user; install -d -m 700 -o {uid} -g {uid} /run/user/{uid}"));
+        Self { sandbox, program: readable_hook(sandbox).display().to_string() }
+    }
+
+    /// The user's ledger.
+    fn state_dir() -> String {
+        format!("/run/user/{}/mptcp-hook", Self::UID)
+    }
+
+    /// A command line that runs `argv` as this user.
+    fn command<'b>(&self, argv: &[&'b str]) -> Vec<&'b str> {
+        let user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"];
+        user.into_iter().chain(argv.iter().copied()).collect()
+    }
+
+    fn hook(&self, words: &[&str]) -> Outcome {
+        self.sandbox.run(&self.command(&[&[self.program.as_str()], words].concat()))
+    }
+
+    /// Starts the agent by hand, outside of all containers. Its pid, and what ends it.
+    fn spawn_agent(&self) -> (u32, Running) {
+        let running = self.sandbox.spawn(&self.command(&[&self.program, "agent"]));
+        let pid = wait_for("the user's agent", LIMIT, || {
+            let file = std::fs::read(self.sandbox.outside(&format!("{}/agent", Self::state_dir()))).ok()?;
+            u32::try_from(serde_json::from_slice::<Value>(&file).ok()?["pid"].as_u64()?).ok()
+        });
+        (pid, running)
+    }
+
+    /// A process in namespaces of its own, and its pid. Its eth1 has no address.
+    fn container(&self) -> (u32, Running) {
+        let unshare = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo $$; exec sleep 1000"];
+        let init = self.sandbox.spawn(&self.command(&unshare));
+        let pid = wait_for("a pid", LIMIT, || init.stdout().trim().parse::<u32>().ok());
+        self.wire(pid);
+        (pid, init)
+    }
+
+    /// What runs a command as root of the namespaces of a process.
+    fn enter(pid: &str) -> [&str; 5] {
+        ["nsenter", "--target", pid, "--user", "--net"]
+    }
+
+    /// A process in a network namespace of its own, in the user namespace of an engine, and its pid.
+    fn container_of(&self, engine: u32) -> (u32, Running) {
+        let unshare = ["unshare", "--net", "sh", "-c", "echo $$; exec sleep 1000"];
+        let init = self.sandbox.spawn(&[&Self::enter(&engine.to_string())[..], &unshare].concat());
+        let pid = wait_for("a pid", LIMIT, || init.stdout().trim().parse::<u32>().ok());
+        self.wire(pid);
+        (pid, init)
+    }
+
+    fn wire(&self, pid: u32) {
+        self.in_container(
+            pid,
+            "ip link set lo up; ip link add eth1 type veth peer name peer1; ip link set peer1 up; ip link set eth1 up
+             ip route add default dev eth1",
+        );
+    }
+
+    /// Runs a script as the container's root.
+    #[track_caller]
+    fn in_container(&self, pid: u32, script: &str) -> String {
+        self.sandbox.run(&[&Self::enter(&pid.to_string())[..], &["sh", "-ec", script]].concat()).ok()
+    }
+
+    /// Gives eth1 an address, and waits for its endpoint.
+    #[track_caller]
+    fn give(&self, pid: u32, address: &str) {
+        self.in_container(pid, &format!("ip address add {address}/24 dev eth1"));
+        wait_until(address, LIMIT, || self.in_container(pid, "ip mptcp endpoint show").contains(address));
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.hook(&["status", "--json"]).ok()).expect("the user's status")
+    }
+
+    /// The children of a process of the sandbox, and whether each is a zombie.
+    fn children(&self, parent: u32) -> Vec<(u32, bool)> {
+        let entries = std::fs::read_dir(self.sandbox.outside("/proc")).expect("the sandbox's /proc");
+        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        let child = |pid: u32| {
+            let stat = std::fs::read_to_string(self.sandbox.outside(&format!("/proc/{pid}/stat"))).ok()?;
+            // proc(5): pid (name) state parent
+            let mut fields = stat.rsplit(')').next()?.split_whitespace();
+            let is_zombie = fields.next()? == "Z";
+            (fields.next()?.parse() == Ok(parent)).then_some((pid, is_zombie))
+        };
+        pids.filter_map(child).collect()
+    }
+}
+
+/// An agent outside of its containers' user namespaces has a process for each of them.
+#[test]
+fn a_containers_process_that_is_killed_is_replaced_and_one_that_ends_is_reaped() {
+    let sandbox = Sandbox::new();
+    let user = User::new(&sandbox);
+    let (pid, init) = user.container();
+    let apply = ["apply", "--pid", &pid.to_string(), "--interface", "eth1=backup", "--follow", "always"];
+    user.hook(&apply).ok();
+    // The one that the hook has started for this container alone.
+    let forked = wait_for("an agent", LIMIT, || agents(&sandbox).first().copied());
+    signal(&sandbox, forked, Signal::SIGKILL);
+    wait_ended(&sandbox, forked);
+    let (agent, _by_hand) = user.spawn_agent();
+    user.give(pid, "10.0.2.2");
+    let only_child = || match user.children(agent)[..] {
+        [(child, false)] => Some(child),
+        _ => None,
+    };
+    let first = wait_for("its process", LIMIT, only_child);
+    let begin = Instant::now();
+    signal(&sandbox, first, Signal::SIGKILL);
+    let second = wait_for("another one", LIMIT, || only_child().filter(|child| *child != first));
+    user.give(pid, "10.0.2.3");
+    // Killed as soon as it is there, it does not come back as soon as it is gone.
+    signal(&sandbox, second, Signal::SIGKILL);
+    wait_ended(&sandbox, second);
+    let third = wait_for("another one", LIMIT, || only_child().filter(|child| *child != second));
+    assert!(begin.elapsed() > Duration::from_secs(5), "started again after {:?}", begin.elapsed());
+    user.give(pid, "10.0.2.4");
+    assert_eq!(only_child(), Some(third));
+    // It releases the container, and the ledger forgets it before the process has ended.
+    signal(&sandbox, pid, Signal::SIGKILL);
+    drop(init);
+    wait_until("the release", LIMIT, || user.status()["containers"] == json!([]));
+    wait_until("no child", LIMIT, || user.children(agent).is_empty());
+}
+
+/// Two engines of one user have one ledger and two user namespaces, out of which neither agent can look.
+#[test]
+fn an_engines_agent_leaves_containers_of_the_users_other_engines_alone() {
+    let sandbox = Sandbox::new();
+    let user = User::new(&sandbox);
+    let (engine, _engine) = user.container();
+    let name = engine.to_string();
+    let enter = User::enter(&name);
+    let (first, _first) = user.container_of(engine);
+    let first = first.to_string();
+    let apply = |pid| ["apply", "--pid", pid, "--interface", "eth1=backup", "--follow", "always"];
+    sandbox.run(&[&enter[..], &[&user.program], &apply(&first)].concat()).ok();
+    let followed = |pid: &str| {
+        let status = user.status();
+        let mut containers = status["containers"].as_array().into_iter().flatten();
+        containers
+            .find(|container| container["pid"].as_u64() == pid.parse().ok())
+            .map(|found| found["followed"] == true)
+    };
+    wait_until("it is followed", LIMIT, || followed(&first) == Some(true));
+    let of_engine = agents(&sandbox);
+    assert_eq!(of_engine.len(), 1);
+    let (pid, _init) = user.container();
+    let second = pid.to_string();
+    user.hook(&apply(&second)).ok();
+    wait_until("it is followed", LIMIT, || followed(&second) == Some(true));
+    // Longer than an agent tries what does not work before it says so.
+    std::thread::sleep(Duration::from_secs(13));
+    assert_eq!((followed(&first), followed(&second)), (Some(true), Some(true)), "{:#}", user.status());
+    user.give(pid, "10.0.2.2");
+    // Its own process is gone, and the other engine's agent stands for nobody but its own.
+    let own = agents(&sandbox).into_iter().find(|agent| !of_engine.contains(agent)).expect("its own process");
+    signal(&sandbox, own, Signal::SIGKILL);
+    wait_ended(&sandbox, own);
+    assert_eq!((followed(&first), followed(&second)), (Some(true), Some(false)), "{:#}", user.status());
+    user.hook(&apply(&second)).ok();
+    user.give(pid, "10.0.2.3");
+    // One outside of both user namespaces leaves them to those that follow them. After that it stands for all, and no
+    // hook starts another.
+    let inside = agents(&sandbox);
+    let (by_hand, _by_hand) = user.spawn_agent();
+    std::thread::sleep(QUIET);
+    assert_eq!(user.children(by_hand), []);
+    for agent in inside {
+        signal(&sandbox, agent, Signal::SIGKILL);
+        wait_ended(&sandbox, agent);
+    }
+    user.hook(&apply(&second)).ok();
+    sandbox.run(&[&enter[..], &[&user.program], &apply(&first)].concat()).ok();
+    wait_until("a process for each", LIMIT, || user.children(by_hand).len() == 2);
+    assert!(
+        agents(&sandbox).iter().all(|agent| *agent == by_hand || user.children(by_hand).contains(&(*agent, false)))
+    );
+}
+
+/// Other programs have used all that there are for the user.
+#[test]
+fn without_an_inotify_instance_it_follows_all_the_same() {
+    let sandbox = Sandbox::new();
+    let user = User::new(&sandbox);
+    let (engine, _engine) = user.container();
+    user.in_container(engine, "echo 0 >/proc/sys/user/max_inotify_instances");
+    let name = engine.to_string();
+    let enter = User::enter(&name);
+    let mut containers = Vec::new();
+    for _ in 0..2 {
+        let (pid, init) = user.container_of(engine);
+        let apply = ["apply", "--pid", &pid.to_string(), "--interface", "eth1=backup", "--follow", "always"];
+        sandbox.run(&[&enter[..], &[&user.program], &apply].concat()).ok();
+        user.give(pid, "10.0.2.2");
+        containers.push((pid, init));
+    }
+    let all = agents(&sandbox);
+    assert_eq!(all.len(), 1, "the same agent for both");
+    // It has left its caller's cgroups by now, after which it would watch by inotify.
+    std::thread::sleep(QUIET);
+    user.give(containers[0].0, "10.0.2.3");
+    assert_eq!(agents(&sandbox), all);
+    let held = descriptors(&sandbox, all[0]);
+    assert!(held.iter().any(|target| target == "anon_inode:[signalfd]"), "{held:?}");
+    for (left, (pid, init)) in containers.into_iter().enumerate().rev() {
+        signal(&sandbox, pid, Signal::SIGKILL);
+        drop(init);
+        wait_until("the release", LIMIT, || user.status()["containers"].as_array().map(Vec::len) == Some(left));
+    }
+    assert_eq!(agents(&sandbox), all);
+}
+
 #[test]
 fn status_is_shown_again_and_again_until_nobody_reads_it() {
     let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
-    let mut command = sandbox.command_in(&Netns::Host, &[&hook().display().to_string(), "status", "--watch"]);
-    let mut watch = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("starting status --watch");
+    let argv = [&hook().display().to_string(), "status", "--watch"];
+    let mut watch = sandbox.start_in(&sandbox.open_netns(&Netns::Host), &argv, |command| {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+    });
     let mut lines = BufReader::new(watch.stdout.take().expect("stdout is a pipe")).lines();
     let mut next = |words: &str| {
         let begin = Instant::now();
@@ -1764,7 +2600,7 @@ fn with_nothing_to_do_it_sleeps() {
         container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     }
     let pid = agent(&sandbox);
-    for container in [&first, &second] {
+    for container in [&first, &second, &third] {
         wait_until("it is followed", LIMIT, || is_followed(&sandbox, container));
     }
     let switches = || {
@@ -1774,7 +2610,11 @@ fn with_nothing_to_do_it_sleeps() {
     };
     // The settings are looked at twice: at once and after the runtime had its time.
     std::thread::sleep(Duration::from_millis(2500));
-    let before = switches();
+    let before = wait_for("an agent that has seen to all", LIMIT, || {
+        let before = switches();
+        std::thread::sleep(Duration::from_secs(1));
+        (switches() == before).then_some(before)
+    });
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(switches(), before, "the agent woke up");
 }

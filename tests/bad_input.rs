@@ -6,6 +6,7 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
+use common::expectations::Running;
 use common::*;
 use serde_json::{Value, json};
 
@@ -174,8 +175,8 @@ fn a_process_that_is_dead() {
     let sandbox = Sandbox::new();
     let mut world = World::new(&sandbox);
     // The shell becomes a program that never waits for its child.
-    let parent = sandbox.spawn(&["sh", "-c", "sh -c 'echo $$' & exec sleep 1000"]);
-    let zombie = wait_for("a zombie", Duration::from_secs(5), || {
+    let parent = sandbox.spawn(&["sh", "-c", "/bin/sh -c 'echo $$' & exec sleep 1000"]);
+    let zombie = wait_for("a zombie", Duration::from_secs(30), || {
         let pid: u32 = parent.stdout().trim().parse().ok()?;
         let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).ok()?;
         stat.contains(") Z ").then_some(pid)
@@ -223,7 +224,7 @@ fn a_recycled_pid_is_another_process() {
         pid - 1
     );
     let other = sandbox.spawn(&["sh", "-ec", &script]);
-    wait_until("a process with the old pid", Duration::from_secs(10), || other.stdout().contains("ready"));
+    wait_until("a process with the old pid", Duration::from_secs(30), || other.stdout().contains("ready"));
     let theirs = || {
         let netns = Netns::named("other");
         (sandbox.endpoints(&netns), sandbox.sysctl(&netns, "net/mptcp/stale_loss_cnt"))
@@ -313,11 +314,12 @@ fn standard_input_is_drained_whatever_else_is_wrong() {
         // The writer's own status is the first of the two; 10 runs of each make 100 of all.
         let script = format!(
             "for run in 1 2 3 4 5 6 7 8 9 10; do
-               head -c 524288 /dev/zero | {program} {arguments} 2>/dev/null
-               echo \"${{PIPESTATUS[*]}}\"
+               {{ head -c 524288 /dev/zero; echo $? >/run/writer; }} | {program} {arguments} 2>/dev/null
+               status=$?
+               echo $(cat /run/writer) $status
              done"
         );
-        let out = sandbox.run(&["bash", "-c", &script]).ok();
+        let out = sandbox.run(&["sh", "-c", &script]).ok();
         assert_eq!(out.lines().count(), 10, "{arguments}: {out}");
         assert!(out.lines().all(|line| line == format!("0 {code}")), "mptcp-hook {arguments}: {out}");
     }
@@ -435,6 +437,7 @@ fn flags_limits_keys_and_values_that_cannot_be() {
 /// What only the kernel can reject; everything before it is undone.
 #[test]
 fn values_that_the_kernel_rejects() {
+    let kernel = Running::look();
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
     let id = world.container.id();
@@ -455,7 +458,9 @@ fn values_that_the_kernel_rejects() {
             "--limit",
             "subflows=6",
         ];
-        world.assert_failed(&world.container.oci(&arguments), 1, &[id, says, "nothing was changed"]);
+        // A key that the kernel does not have is found out before anything is tried.
+        let how = if kernel.has_sysctl(says) { "nothing was changed" } else { "exists since Linux" };
+        world.assert_failed(&world.container.oci(&arguments), 1, &[id, says, how]);
     }
     for (key, says) in [
         ("net.mptcp.mptcp_path_manager", "multipath-tcp.org"),
@@ -754,30 +759,102 @@ fn a_container_without_interfaces_is_shown_as_interrupted() {
     shown(false);
 }
 
-/// Whatever the file at which the disk is full: the container does not start half done, and later it starts.
+/// Whatever the file at which the disk is full, of files or of bytes: the container does not start half done, and later it
+/// starts.
 #[test]
 fn a_full_disk_undoes_everything() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
     let wish = ["--interface", "eth1=backup", "--limit", "subflows=6", "--sysctl", "stale_loss_cnt=9"];
     let arguments = [&["--state-dir", "/run/small"], &wish[..]].concat();
+    for (limit, least) in [("nr_inodes", 5), ("nr_blocks", 1)] {
+        let mut failures = 0;
+        for size in 2.. {
+            sandbox.sh(&format!("mkdir -p /run/small; mount -t tmpfs -o mode=700,{limit}={size} tmpfs /run/small"));
+            let outcome = world.container.oci(&arguments);
+            if outcome.code == Some(0) {
+                sandbox.hook(&["--state-dir", "/run/small", "release", world.container.id()]).ok();
+                break;
+            }
+            world.assert_failed(&outcome, 1, &[world.container.id(), "/run/small", "No space left"]);
+            sandbox.sh(&format!("mount -o remount,{limit}=1000 /run/small"));
+            world.container.oci(&arguments).ok();
+            assert_eq!(sandbox.endpoints_on(&world.container.netns(), "eth1").len(), 1);
+            sandbox.hook(&["--state-dir", "/run/small", "release", world.container.id()]).ok();
+            assert_eq!(world.observe(), world.before);
+            sandbox.sh("umount /run/small");
+            failures += 1;
+        }
+        assert!(failures > least, "{limit}: the disk was full {failures} times only");
+        sandbox.sh("umount /run/small");
+    }
+}
+
+/// A state directory that cannot be written: nothing starts and nothing is changed, what is known is shown, and a release
+/// succeeds once it can be written again. The policy may let containers start, not refused ones.
+#[test]
+fn a_read_only_state_directory() {
+    let sandbox = Sandbox::new();
+    let mut world = World::new(&sandbox);
+    let mut other = Bare::new(&sandbox, "other");
+    sandbox.sh("mkdir -m 700 /run/mptcp-hook; mount -t tmpfs -o mode=700 tmpfs /run/mptcp-hook");
+    other.oci(&["--limit", "subflows=4"]).ok();
+    sandbox.sh("mount -o remount,ro /run/mptcp-hook");
+    world.remember();
+    let id = world.container.id();
+    let wish = ["--interface", "eth1=backup"];
+    world.assert_failed(&world.container.oci(&wish), 1, &[id, "/run/mptcp-hook", "Read-only file system"]);
+    assert_eq!(sandbox.status_of(other.id())["live"], true);
+    let released = sandbox.hook(&["release", other.id()]);
+    world.assert_failed(&released, 1, &[other.id(), "Read-only file system"]);
+    sandbox.policy("on-error = \"continue\"\n");
+    world.assert_failed(&world.container.oci(&wish), 0, &[id, "Read-only file system"]);
+    // Refused stays refused: the host's own namespace is nobody's to set up.
+    let host = Bare::in_netns(&sandbox, "host", &Netns::Host);
+    let said = host.oci(&wish).fails_with(3);
+    assert!(said.contains("host-namespace") && said.contains("could not be recorded"), "{said}");
+    sandbox.sh("mount -o remount,rw /run/mptcp-hook");
+    other.stop().ok();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// What the caller's limits leave to the hook: too few descriptors, or files of half a kilobyte, and it fails like any other,
+/// with a word and without a trace.
+#[test]
+fn limits_of_the_caller() {
+    let sandbox = Sandbox::new();
+    let mut world = World::new(&sandbox);
+    let other = Bare::new(&sandbox, "other");
+    other.oci(&["--limit", "subflows=4"]).ok();
+    world.remember();
+    let locks = || sandbox.sh("ls /run/mptcp-hook/locks");
+    let before = locks();
+    let id = world.container.id();
+    // Host-wide settings take a lock each, before it is known whether they exist.
+    let keys: Vec<String> = (0..40).map(|n| format!("net.core.none{n}=1")).collect();
+    let many: Vec<&str> = keys.iter().flat_map(|key| ["--sysctl", key]).collect();
+    let few = ["--interface", "eth1=backup", "--limit", "subflows=6", "--sysctl", "stale_loss_cnt=9"];
+    let limited = |limit: &str, wish: &[&str]| {
+        let script = format!("ulimit {limit}; exec \"$@\"");
+        hook_behind(&world, &["sh", "-c", &script, "sh"], wish)
+    };
+    world.assert_failed(&limited("-n 24", &many), 1, &[id, "Too many open files"]);
+    assert_eq!(locks(), before);
     let mut failures = 0;
-    for inodes in 2.. {
-        sandbox.sh(&format!("mkdir -p /run/small; mount -t tmpfs -o mode=700,nr_inodes={inodes} tmpfs /run/small"));
-        let outcome = world.container.oci(&arguments);
+    for descriptors in 4.. {
+        let outcome = limited(&format!("-n {descriptors}"), &few);
         if outcome.code == Some(0) {
             break;
         }
-        world.assert_failed(&outcome, 1, &[world.container.id(), "/run/small", "No space left"]);
-        sandbox.sh("mount -o remount,nr_inodes=1000 /run/small");
-        world.container.oci(&arguments).ok();
-        assert_eq!(sandbox.endpoints_on(&world.container.netns(), "eth1").len(), 1);
-        sandbox.hook(&["--state-dir", "/run/small", "release", world.container.id()]).ok();
-        assert_eq!(world.observe(), world.before);
-        sandbox.sh("umount /run/small");
+        world.assert_failed(&outcome, 1, &[id, "Too many open files"]);
+        assert_eq!(locks(), before, "with {descriptors} descriptors");
         failures += 1;
     }
-    assert!(failures > 5, "the disk was full {failures} times only");
+    assert!(failures > 2, "{failures} limits were too low");
+    sandbox.hook(&["release", id]).ok();
+    world.assert_failed(&limited("-f 1", &few), 1, &[id, "/run/mptcp-hook", "File too large"]);
+    assert_eq!(locks(), before);
+    world.container.oci(&few).ok();
 }
 
 #[test]

@@ -9,7 +9,6 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -288,14 +287,14 @@ struct Ended {
 
 /// A sandbox with processes in network namespaces of their own, and the machine's values.
 struct Crowd {
-    // Dropped first: nobody is left to write the values when they are restored.
+    /// The processes' parent.
+    _parent: Running,
+    // Dropped before the values: nobody is left to write them when they are restored.
     sandbox: Sandbox,
     values: Vec<HostValue>,
     /// By the id in its name.
     pids: Vec<u32>,
     ids: Vec<String>,
-    /// The processes' parent.
-    _parent: Running,
 }
 
 impl Crowd {
@@ -382,9 +381,9 @@ impl Crowd {
                 let mut argv = ["sh", "-c", r#": >"$0"; read -r go; exec "$@""#, &ready].map(String::from).to_vec();
                 argv.push(hook().display().to_string());
                 argv.extend(calls[n].arguments.iter().cloned());
-                let mut command = self.sandbox.command_in(&Netns::Host, &argv);
-                command.stdin(Stdio::piped()).stdout(create(file(n, "out"))).stderr(create(file(n, "err")));
-                command.process_group(0).spawn().expect("starting nsenter")
+                self.sandbox.start_in(&self.sandbox.open_netns(&Netns::Host), &argv, |command| {
+                    command.stdin(Stdio::piped()).stdout(create(file(n, "out"))).stderr(create(file(n, "err")));
+                })
             })
             .collect();
         wait_until("all hooks at the start", Duration::from_secs(30), || {
@@ -680,7 +679,7 @@ fn three_hundred_hooks_at_once_are_as_if_one_came_after_the_other() {
     let (again, looking): (Vec<usize>, Vec<usize>) = rest.into_iter().partition(|n| n % 9 < 6);
     let pids: Vec<String> = dying.iter().map(|n| crowd.pids[*n].to_string()).collect();
     crowd.sandbox.sh(&format!("kill -KILL {}", pids.join(" ")));
-    wait_until("the end of the killed", Duration::from_secs(10), || {
+    wait_until("the end of the killed", Duration::from_secs(30), || {
         pids.iter().all(|pid| !crowd.sandbox.outside(&format!("/proc/{pid}")).exists())
     });
     dying.iter().for_each(|container| model.die(*container));
@@ -749,7 +748,7 @@ fn whoever_waits_for_a_stopped_hook_gives_up_at_the_deadline_and_names_it() {
     argv.extend(call.arguments);
     let stopped = crowd.sandbox.spawn(&argv);
     let lock = crowd.state_dir().join("locks").join(format!("setting:{}", KEYS[0].replace('.', "~")));
-    let pid = wait_for("a hook that has stopped with its locks", Duration::from_secs(10), || {
+    let pid = wait_for("a hook that has stopped with its locks", Duration::from_secs(30), || {
         let has_stopped = std::fs::read_to_string(&log).is_ok_and(|log| log.contains("stopped by SIGSTOP"));
         let holder = std::fs::read_to_string(&lock).ok().filter(|_| has_stopped)?;
         Some(holder.trim().strip_suffix(')')?.rsplit_once("(pid ")?.1.to_owned())
@@ -794,7 +793,7 @@ fn whoever_waits_for_a_stopped_hook_gives_up_at_the_deadline_and_names_it() {
 
     // It goes on as if nothing had been.
     crowd.sandbox.sh(&format!("kill -CONT {pid}"));
-    stopped.wait(Duration::from_secs(10)).ok();
+    stopped.wait(Duration::from_secs(30)).ok();
     assert_eq!(crowd.values[0].current(), crowd.value(0, 0));
     let late = crowd.at_once("late", &[crowd.ask(&wish(1, &[0], "refuse"), false)]);
     assert_eq!(late[0].outcome.code, Some(3), "{}", late[0].outcome);

@@ -5,104 +5,14 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::expectations::Running;
 use common::*;
 use serde_json::Value;
 
 /// How long a subflow may take to come up, or to show that it hangs.
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_secs(60);
 
-fn ctr() -> Netns {
-    Netns::named("ctr")
-}
-
-/// What `mptcp-hook doctor ... --json` said.
-struct Diagnosis {
-    code: Option<i32>,
-    json: Value,
-}
-
-impl Diagnosis {
-    #[track_caller]
-    fn of(sandbox: &Sandbox, arguments: &[&str]) -> Self {
-        let arguments: Vec<&str> = ["doctor", "--json"].iter().chain(arguments).copied().collect();
-        Self::read(sandbox.hook(&arguments))
-    }
-
-    #[track_caller]
-    fn read(outcome: Outcome) -> Self {
-        let json = serde_json::from_str(&outcome.stdout).unwrap_or_else(|e| panic!("{e}: {outcome}"));
-        assert_eq!(outcome.stderr, "", "{outcome}");
-        Self { code: outcome.code, json }
-    }
-
-    fn findings(&self) -> &[Value] {
-        self.json["findings"].as_array().expect("findings is a list")
-    }
-
-    /// The names of the findings that are no notes.
-    fn ids(&self) -> Vec<&str> {
-        let wrong = self.findings().iter().filter(|finding| finding["severity"] != "note");
-        wrong.map(|finding| finding["id"].as_str().expect("a name")).collect()
-    }
-
-    fn has(&self, id: &str) -> bool {
-        self.findings().iter().any(|finding| finding["id"] == id)
-    }
-
-    #[track_caller]
-    fn finding(&self, id: &str) -> &Value {
-        let found = self.findings().iter().find(|finding| finding["id"] == id);
-        found.unwrap_or_else(|| panic!("no {id} in {:#}", self.json))
-    }
-
-    /// The command that mends a finding.
-    #[track_caller]
-    fn command(&self, id: &str) -> &str {
-        self.finding(id)["command"].as_str().unwrap_or_else(|| panic!("{id} has no command: {:#}", self.json))
-    }
-
-    #[track_caller]
-    fn says(&self, id: &str, key: &str, word: &str) {
-        let text = self.finding(id)[key].as_str().unwrap_or_default();
-        assert!(text.contains(word), "{id}: no {word:?} in {key}: {:#}", self.json);
-    }
-
-    /// No problem and no warning.
-    #[track_caller]
-    fn is_clean(&self) {
-        assert!(self.ids().is_empty() && self.code == Some(0), "{:#}", self.json);
-    }
-
-    /// Exactly these, and the exit status that goes with them.
-    #[track_caller]
-    fn is(&self, ids: &[&str], code: i32) {
-        assert_eq!((self.ids().as_slice(), self.code), (ids, Some(code)), "{:#}", self.json);
-    }
-}
-
-/// A container on two paths with the server's side, as in the module `paths`.
-struct World<'a> {
-    sandbox: &'a Sandbox,
-    paths: TwoPaths<'a>,
-    web: Bare<'a>,
-}
-
-impl<'a> World<'a> {
-    fn new(sandbox: &'a Sandbox) -> Self {
-        Self::wired(sandbox, &Wiring::new())
-    }
-
-    fn wired(sandbox: &'a Sandbox, wiring: &Wiring) -> Self {
-        let paths = TwoPaths::with_container_netns(sandbox, wiring);
-        Self { sandbox, paths, web: Bare::in_netns(sandbox, "web", &ctr()) }
-    }
-
-    /// A shell script in the container's namespace.
-    #[track_caller]
-    fn sh(&self, script: &str) -> String {
-        self.sandbox.sh_in(&ctr(), script)
-    }
-
+impl World<'_> {
     #[track_caller]
     fn doctor(&self) -> Diagnosis {
         Diagnosis::of(self.sandbox, &[self.web.id()])
@@ -112,6 +22,24 @@ impl<'a> World<'a> {
     #[track_caller]
     fn wait_for(&self, id: &str) -> Diagnosis {
         wait_for(&format!("the finding {id}"), LIMIT, || Some(self.doctor()).filter(|found| found.has(id)))
+    }
+
+    /// A transfer whose second subflow hangs, found by the doctor. The kernel gives a join up after three seconds where
+    /// nobody answers on the link; a doctor that came too late is shown another one.
+    #[track_caller]
+    fn wait_stuck(&self) -> (Sender, Diagnosis) {
+        wait_for("the finding subflow-stuck", LIMIT, || {
+            let sender = self.transfer();
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_secs(4) {
+                let found = self.doctor();
+                if found.has("subflow-stuck") {
+                    return Some((sender, found));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            None
+        })
     }
 
     /// The same where a subflow hung: it comes up by itself with a repeated SYN, or the kernel has given it up, and the
@@ -144,9 +72,7 @@ impl<'a> World<'a> {
     /// Runs a command that the doctor named, as a person on the host would, with the gateway filled in.
     #[track_caller]
     fn mend(&self, command: &str) {
-        let hook = hook();
-        let command = command.replace("GATEWAY", "10.0.2.1").replace("mptcp-hook ", &format!("{} ", hook.display()));
-        self.sandbox.sh(&command);
+        run(self.sandbox, &command.replace("GATEWAY", "10.0.2.1"));
     }
 
     /// A slow transfer from the container to the server, under way.
@@ -155,6 +81,15 @@ impl<'a> World<'a> {
         sender.wait_sent(1);
         sender
     }
+}
+
+/// Machines on eth1's link that have not answered, as a container leaves them that looked for them once.
+const STRANGERS: &str = "for i in 71 72 73 74 75 76 77; do ip neigh add 10.0.2.$i dev eth1 nud failed; done";
+
+/// Runs a command that the doctor named.
+#[track_caller]
+fn run(sandbox: &Sandbox, command: &str) {
+    sandbox.sh(&command.replace("mptcp-hook ", &format!("{} ", hook().display())));
 }
 
 // --- a container that is well -----------------------------------------------------------------------------------------
@@ -193,6 +128,7 @@ fn doctor_changes_nothing_and_takes_no_lock() {
     let sandbox = Sandbox::new();
     let world = World::wired(&sandbox, &Wiring::new().dual_stack());
     world.web.oci(&["--interface", "eth*=subflow"]).ok();
+    sandbox.settle(&ctr());
     let look = || {
         let kernel = world.sh("ip mptcp endpoint; ip mptcp limits; ip route show table all; ip -6 route show table all; ip rule; grep -r '' /proc/sys/net/mptcp /proc/sys/net/ipv4/conf");
         (kernel, sandbox.sh("cd /run/mptcp-hook && find . -type f -exec sha256sum {} + | sort"))
@@ -211,22 +147,98 @@ fn doctor_changes_nothing_and_takes_no_lock() {
 
 #[test]
 fn doctor_of_both_families() {
-    let sandbox = Sandbox::new();
-    let world = World::wired(&sandbox, &Wiring::new().dual_stack().without_second_route());
-    world.web.oci(&["--interface", "eth1=subflow"]).ok();
-    let found = world.doctor();
-    found.is(&["route-missing", "route-missing"], 1);
-    let commands: Vec<String> = found
-        .findings()
-        .iter()
-        .filter(|f| f["id"] == "route-missing")
-        .map(|f| f["command"].as_str().unwrap().to_owned())
-        .collect();
-    for command in &commands {
-        let gateway = if command.contains("ip -6") { "fd00:2::1" } else { "10.0.2.1" };
-        world.mend(&command.replace("GATEWAY", gateway));
+    for way in ["command", "by_hand"] {
+        let sandbox = Sandbox::new();
+        let world = World::wired(&sandbox, &Wiring::new().dual_stack().without_second_route());
+        world.web.oci(&["--interface", "eth1=subflow"]).ok();
+        let found = world.doctor();
+        found.is(&["route-missing", "route-missing"], 1);
+        mend_both(&sandbox, &found, way);
+        world.doctor().is_clean();
     }
-    world.doctor().is_clean();
+}
+
+/// Runs what mends each missing way, with the gateway of its family.
+#[track_caller]
+fn mend_both(sandbox: &Sandbox, found: &Diagnosis, way: &str) {
+    for finding in found.findings().iter().filter(|finding| finding["severity"] != "note") {
+        let (what, command) = (finding["what"].as_str().unwrap(), finding[way].as_str().expect("a command"));
+        let gateway = if what.contains("fd00:") { "fd00:2::1" } else { "10.0.2.1" };
+        run(sandbox, &command.replace("GATEWAY", gateway));
+    }
+}
+
+/// Whatever way out is missing, however the target is named, and whether the hook has set it up or not: the command that
+/// is named mends it, and what came by it goes with a release.
+#[test]
+fn doctor_names_the_command_that_gives_ways_out() {
+    for (flags, strict, expected, problems) in [
+        ("subflow,backup", false, ["route-missing"; 2], 1),
+        ("signal", false, ["route-missing"; 2], 1),
+        ("signal", true, ["rp-filter-strict", "route-missing"], 1),
+    ] {
+        for known in [true, false] {
+            let sandbox = Sandbox::new();
+            let world = World::wired(&sandbox, &Wiring::new().dual_stack().without_second_route());
+            let pid = world.web.pid().to_string();
+            if strict {
+                world.sh("for i in all eth1; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done");
+            }
+            let looks = || {
+                let script = "ip rule; ip -6 rule; ip -4 route show table all; ip -6 route show table all";
+                world.sh(script).lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>()
+            };
+            sandbox.settle(&ctr());
+            let before = looks();
+            let targets: &[&[&str]] = if known {
+                world.web.oci(&["--interface", &format!("eth1={flags}")]).ok();
+                &[&[world.web.id()]]
+            } else {
+                let words = flags.replace(',', " ");
+                world.sh(&format!("ip mptcp endpoint add 10.0.2.2 dev eth1 {words}; ip mptcp endpoint add fd00:2::2 dev eth1 {words}; ip mptcp limits set subflows 2"));
+                &[&["--pid", &pid], &["--netns", "/run/netns/ctr"]]
+            };
+            for target in targets {
+                let found = Diagnosis::of(&sandbox, target);
+                found.is(&expected, problems);
+                for finding in found.findings().iter().filter(|finding| finding["severity"] != "note") {
+                    let command = finding["command"].as_str().expect("a command");
+                    let begin = format!("mptcp-hook apply {} --interface eth1={flags},gateway=", target.join(" "));
+                    assert!(command.starts_with(&begin) && command.ends_with(" --routes auto"), "{command}");
+                }
+                mend_both(&sandbox, &found, "command");
+                Diagnosis::of(&sandbox, target).is_clean();
+                let release: Vec<&str> = [&["release"], *target].concat();
+                sandbox.hook(&release).ok();
+                assert_eq!(looks(), before);
+                sandbox.assert_ledger_is_empty();
+            }
+        }
+    }
+}
+
+/// A way is there that answers do not take: the gateway is known by it, and the command complete.
+#[test]
+fn doctor_names_a_whole_command_where_a_gateway_is_known() {
+    for strict in [false, true] {
+        let sandbox = Sandbox::new();
+        let world = World::wired(&sandbox, &Wiring::new().dual_stack());
+        if strict {
+            world.sh("echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter");
+        }
+        world.web.oci(&["--interface", "eth1=signal"]).ok();
+        let found = world.doctor();
+        match strict {
+            true => found.is(&["rp-filter-strict", "reply-elsewhere"], 1),
+            false => found.is(&["reply-elsewhere", "reply-elsewhere"], 0),
+        }
+        let command = format!("mptcp-hook apply {} --routes auto", world.web.id());
+        for finding in found.findings().iter().filter(|finding| finding["severity"] != "note") {
+            assert_eq!(finding["command"], command.as_str());
+        }
+        world.mend(&command);
+        world.doctor().is_clean();
+    }
 }
 
 // --- source routing ---------------------------------------------------------------------------------------------------
@@ -238,18 +250,46 @@ fn doctor_names_a_missing_route() {
     let world = World::wired(&sandbox, &Wiring::new().without_second_route());
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let _server = Server::start(&sandbox, world.paths.server());
-    let _sender = world.transfer();
-    let found = world.wait_for("subflow-stuck");
+    // Others on the link that were asked for once are no evidence.
+    world.sh(STRANGERS);
+    let (_sender, found) = world.wait_stuck();
     found.is(&["route-missing", "subflow-stuck"], 1);
     assert_eq!(found.finding("route-missing")["interface"], "eth1");
     found.says("subflow-stuck", "evidence", "SYN-SENT");
     // The kernel asks the link for the server's own address.
-    found.says("subflow-stuck", "evidence", "10.0.0.1 dev eth1");
+    found.says("subflow-stuck", "evidence", "; 10.0.0.1 dev eth1");
     let host = Diagnosis::of(&sandbox, &[]);
     host.says("container-amiss", "evidence", "eth1: route missing");
-    world.mend(found.command("route-missing"));
+    let command =
+        format!("mptcp-hook apply {} --interface eth1=subflow,backup,gateway=GATEWAY --routes auto", world.web.id());
+    assert_eq!(found.command("route-missing"), command);
+    assert!(found.by_hand("route-missing").contains("ip rule add from 10.0.2.2 table "), "{:#}", found.json);
+    world.mend(&command);
     world.wait_mended();
     assert!(world.sh("ss -tinH").contains("Jj"), "{}", world.sh("ss -tin"));
+}
+
+/// The gateway that only the container's author has named is nobody's advice, and the command that is works.
+#[test]
+fn doctor_takes_no_gateway_from_an_annotation() {
+    let sandbox = Sandbox::new();
+    let world = World::wired(&sandbox, &Wiring::new().without_second_route());
+    let web = Bare::in_netns(&sandbox, "author", &Netns::named("ctr"))
+        .annotation("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.66");
+    web.oci(&[]).ok();
+    let found = Diagnosis::of(&sandbox, &[web.id()]);
+    found.is(&["route-missing"], 1);
+    let command =
+        format!("mptcp-hook apply {} --interface eth1=subflow,backup,gateway=GATEWAY --routes auto", web.id());
+    assert_eq!(found.command("route-missing"), command);
+    // One that a route knows is named: without it the annotation's would be refused.
+    world.sh("ip route add default via 10.0.2.1 dev eth1 table 77");
+    let found = Diagnosis::of(&sandbox, &[web.id()]);
+    assert_eq!(found.command("route-missing"), command.replace("GATEWAY", "10.0.2.1"));
+    world.mend(found.command("route-missing"));
+    Diagnosis::of(&sandbox, &[web.id()]).is_clean();
+    let routes = world.sh("ip route show table all");
+    assert!(!routes.contains("10.0.2.66"), "{routes}");
 }
 
 /// Endpoint without `dev`: established, but leaves by eth0; everything looks healthy.
@@ -294,14 +334,79 @@ fn doctor_knows_the_routes_that_work() {
     found.is(&["rp-filter-strict", "subflow-stuck"], 1);
     found.says("rp-filter-strict", "evidence", "conf.eth1 1");
     // The gateway is known, from the route that is there.
-    assert!(found.command("rp-filter-strict").contains("via 10.0.2.1"), "{}", found.command("rp-filter-strict"));
-    world.mend(found.command("rp-filter-strict"));
+    assert!(found.by_hand("rp-filter-strict").contains("via 10.0.2.1"), "{}", found.by_hand("rp-filter-strict"));
+    assert_eq!(found.command("rp-filter-strict"), format!("mptcp-hook apply {} --routes auto", world.web.id()));
+    world.mend(found.by_hand("rp-filter-strict"));
     drop(sender);
     let _sender = world.transfer();
     world.wait_clean();
     // The rule alone does as well.
     world.sh("ip route del default dev eth1 metric 200");
     world.doctor().is_clean();
+}
+
+/// Default routes that share the traffic: a strict filter takes what comes by any of them, in whatever order they stand.
+#[test]
+fn doctor_knows_routes_that_share_the_traffic() {
+    for (first, second) in [(1, 2), (2, 1)] {
+        let sandbox = Sandbox::new();
+        let world = World::wired(&sandbox, &Wiring::new().without_second_route());
+        let hop = |path: u8| format!("nexthop via 10.0.{path}.1 dev eth{}", path - 1);
+        world.sh(&format!(
+            "ip route replace default metric 100 {} {}; echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter",
+            hop(first),
+            hop(second)
+        ));
+        // The first subflow leaves by either.
+        world.web.oci(&["--interface", "eth*=subflow"]).ok();
+        world.doctor().is_clean();
+        let _server = Server::start(&sandbox, world.paths.server());
+        let _sender = world.transfer();
+        wait_until("both subflows", LIMIT, || {
+            let found = world.doctor();
+            assert!(!found.has("rp-filter-strict") && !found.has("subflow-stuck"), "{:#}", found.json);
+            let mut up: Vec<&str> = found.json["subflows"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|s| s["state"] == "ESTAB")
+                .map(|s| s["local"].as_str().unwrap().split(':').next().unwrap())
+                .collect();
+            up.sort_unstable();
+            // Its SYN/ACK came through the filter.
+            up == ["10.0.1.2", "10.0.2.2"]
+        });
+    }
+}
+
+/// A route by eth1 that leads to the server and not everywhere: whoever has a subflow there, or probes it, misses nothing.
+#[test]
+fn doctor_knows_routes_that_lead_to_the_peer_alone() {
+    for routes in ["10.0.0.0/8 via 10.0.2.1 dev eth1", "10.0.0.0/8 via 10.0.2.1 dev eth1 metric 900"] {
+        let sandbox = Sandbox::new();
+        let world = World::wired(&sandbox, &Wiring::new().without_second_route());
+        // With the second route the first subflow leaves by eth0.
+        world.sh(&format!("ip route add {routes}; ip route add 10.0.0.0/8 via 10.0.1.1 dev eth0 metric 100"));
+        world.web.oci(&["--interface", "eth*=subflow"]).ok();
+        world.doctor().is(&["route-missing"], 1);
+        let _server = Server::start(&sandbox, world.paths.server());
+        let target = world.web.id();
+        let probed = Diagnosis::of(&sandbox, &[target, "--probe", "10.0.0.1:5000"]);
+        probed.is(&["route-partial"], 0);
+        assert!(probed.has("probe-established"), "{:#}", probed.json);
+        let sender = world.transfer();
+        let found = wait_for("both subflows", LIMIT, || {
+            let found = world.doctor();
+            let up = found.json["subflows"].as_array()?.iter().filter(|s| s["state"] == "ESTAB").count();
+            (up == 2).then_some(found)
+        });
+        found.is(&["route-partial"], 0);
+        found.says("route-partial", "what", "10.0.0.1");
+        // Established as it may still be, the route is gone.
+        world.sh(&format!("ip route del {routes}"));
+        assert!(world.doctor().has("route-missing"));
+        drop(sender);
+    }
 }
 
 /// A table is there, and no rule leads to it.
@@ -313,9 +418,13 @@ fn doctor_names_the_rule_that_is_missing() {
     world.sh("ip route add default via 10.0.2.1 dev eth1 table 1000");
     let found = world.doctor();
     found.is(&["route-missing"], 1);
-    let command = found.command("route-missing");
-    assert!(command.ends_with("ip rule add from 10.0.2.2 table 1000") && !command.contains("GATEWAY"), "{command}");
-    world.mend(command);
+    let by_hand = found.by_hand("route-missing");
+    assert!(by_hand.ends_with("ip rule add from 10.0.2.2 table 1000") && !by_hand.contains("GATEWAY"), "{by_hand}");
+    world.mend(found.command("route-missing"));
+    world.doctor().is_clean();
+    world.mend(&format!("mptcp-hook apply {} --routes off", world.web.id()));
+    world.doctor().is(&["route-missing"], 1);
+    world.mend(by_hand);
     world.doctor().is_clean();
 }
 
@@ -332,11 +441,13 @@ fn doctor_names_a_strict_rp_filter_at_a_server() {
         world.paths.server(),
         "ip route add 10.0.1.2/32 dev eth0 src 10.0.0.1; ip route add 10.0.2.2/32 dev eth1 src 10.0.0.1",
     );
+    world.paths.knows_neighbour("eth1", &ctr(), "eth1", [10, 0, 2, 2].into());
     let client =
         |bytes| Sender::start(&sandbox, world.paths.server(), "10.0.1.2".parse().unwrap(), bytes, Some(20_000));
     let mut sender = client(1 << 30);
     sender.wait_sent(1);
-    let stuck = || sandbox.sh_in(world.paths.server(), "ss -tanH").lines().any(|line| line.starts_with("SYN-SENT"));
+    let stuck =
+        || sandbox.run_in(world.paths.server(), &["ss", "-tanH"]).ok().lines().any(|line| line.starts_with("SYN-SENT"));
     wait_until("a join that hangs", LIMIT, stuck);
     let found = world.doctor();
     found.is(&["rp-filter-strict"], 1);
@@ -368,6 +479,27 @@ fn doctor_warns_of_answers_that_leave_elsewhere() {
     found.is(&["reply-elsewhere"], 0);
     world.mend(found.command("reply-elsewhere"));
     world.doctor().is_clean();
+}
+
+/// A default route without a gateway, as tunnels have: nobody has to name one.
+#[test]
+fn doctor_asks_for_no_gateway_where_none_is_needed() {
+    for way in ["command", "by_hand"] {
+        let sandbox = Sandbox::new();
+        let world = World::new(&sandbox);
+        world.sh("echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter; echo 0 >/proc/sys/net/ipv4/conf/eth1/rp_filter
+             ip route replace default dev eth1 metric 200");
+        world.web.oci(&["--interface", "eth1=signal", "--follow", "never"]).ok();
+        let found = world.doctor();
+        found.is(&["reply-elsewhere"], 0);
+        let finding = found.finding("reply-elsewhere");
+        assert!(!finding.to_string().contains("GATEWAY"), "{finding:#}");
+        let command = finding[way].as_str().expect("a command");
+        run(&sandbox, command);
+        world.doctor().is_clean();
+        let table = world.sh("ip route show table all default dev eth1");
+        assert_eq!(table.lines().count(), 2, "{command}: {table}");
+    }
 }
 
 /// An address is replaced (DHCP): the stale endpoint stays, the new address is unused.
@@ -408,6 +540,20 @@ fn doctor_names_an_endpoint_without_address_and_connections_without_path() {
     assert_eq!(found.json["subflows"].as_array().unwrap().len(), 2, "{:#}", found.json);
 }
 
+/// A client that has said nothing has one subflow, and nothing is wrong with that.
+#[test]
+fn doctor_misses_no_path_of_a_connection_that_has_said_nothing() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    world.web.oci(&["--interface", "eth1=backup"]).ok();
+    let _server = Server::start(&sandbox, world.paths.server());
+    let _client = Sender::idle(&sandbox, &ctr(), world.paths.address());
+    let found = world.doctor();
+    found.is_clean();
+    let subflows = found.json["subflows"].as_array().unwrap();
+    assert!(subflows.len() == 1 && subflows[0]["state"] == "ESTAB", "{subflows:#?}");
+}
+
 // --- links and gateways -----------------------------------------------------------------------------------------------
 
 #[test]
@@ -439,6 +585,45 @@ fn doctor_names_links_that_are_down_and_mtus_that_differ() {
     world.wait_for("interface-down").is(&["interface-down"], 1);
     world.paths.mend("eth1");
     wait_until("a carrier", LIMIT, || world.doctor().ids().is_empty());
+}
+
+/// Whatever a container calls its interface: in a command that a person on the host pastes it is a word, and nothing runs.
+#[test]
+fn doctor_quotes_interface_names_in_commands() {
+    for name in ["$(touch${IFS}x)", "';>x;'", "a'b"] {
+        let sandbox = Sandbox::new();
+        let world = World::wired(&sandbox, &Wiring::new().without_second_route());
+        world.sh("ip mptcp endpoint add 10.0.2.2 subflow; ip mptcp limits set subflows 2; ip link set eth1 down");
+        sandbox.run_in(&ctr(), &["ip", "link", "set", "dev", "eth1", "name", name]).ok();
+        let target = ["--netns", "/run/netns/ctr"];
+        sandbox.sh("mkdir /run/here");
+        let paste = |command: &str| run(&sandbox, &format!("cd /run/here; {}", command.replace("GATEWAY", "10.0.2.1")));
+        let wait_is = |ids: &[&str]| {
+            wait_for(&format!("{ids:?} of {name}"), LIMIT, || {
+                Some(Diagnosis::of(&sandbox, &target)).filter(|found| found.ids() == ids)
+            })
+        };
+        let found = wait_is(&["interface-down"]);
+        let command = found.command("interface-down");
+        let text = sandbox.hook(&[&["doctor"], &target[..]].concat()).fails_with(1);
+        assert!(text.contains(&format!("run:  {command}\n")), "{command}: {text}");
+        paste(command);
+        let found = wait_is(&["endpoint-unbound", "route-missing"]);
+        paste(found.command("endpoint-unbound"));
+        let found = wait_is(&["route-missing"]);
+        paste(found.command("route-missing"));
+        wait_is(&[]);
+        // The hook does not take every name.
+        let by_hand = found.finding("route-missing")["by_hand"].as_str();
+        assert_eq!(by_hand.is_some(), !name.contains(';'));
+        if let Some(by_hand) = by_hand {
+            sandbox.hook(&[&["release"], &target[..]].concat()).ok();
+            wait_is(&["route-missing"]);
+            paste(by_hand);
+            wait_is(&[]);
+        }
+        assert_eq!(sandbox.sh("ls /run/here"), "", "{name} was run");
+    }
 }
 
 // --- what was asked for -----------------------------------------------------------------------------------------------
@@ -479,7 +664,13 @@ fn doctor_names_endpoints_that_do_nothing() {
         world.mend(found.command(finding));
         Diagnosis::of(&sandbox, &target).is_clean();
     }
-    world.sh("ip mptcp limits set subflows 0");
+    // The port that is announced stays.
+    world.sh("ip mptcp endpoint flush; ip mptcp endpoint add 10.0.2.2 dev eth0 port 5001 signal");
+    world.mend(Diagnosis::of(&sandbox, &target).command("endpoint-wrong-device"));
+    let endpoint = world.sh("ip mptcp endpoint");
+    assert!(endpoint.contains("port 5001") && endpoint.contains("dev eth1"), "{endpoint}");
+    world
+        .sh("ip mptcp endpoint flush; ip mptcp endpoint add 10.0.2.2 dev eth1 subflow; ip mptcp limits set subflows 0");
     let found = Diagnosis::of(&sandbox, &target);
     found.is(&["limits-low"], 1);
     assert!(found.has("container-unknown"));
@@ -489,6 +680,45 @@ fn doctor_names_endpoints_that_do_nothing() {
     assert!(found.has("path-manager-userspace"), "{:#}", found.json);
     world.mend(found.command("path-manager-userspace"));
     Diagnosis::of(&sandbox, &target).is_clean();
+}
+
+/// The limits count for a connection, and a connection's subflows are of one family.
+#[test]
+fn doctor_counts_the_limits_that_each_family_needs() {
+    let sandbox = Sandbox::new();
+    let world = World::wired(&sandbox, &Wiring::new().dual_stack());
+    world.sh("for e in '10.0.1.2 dev eth0' '10.0.2.2 dev eth1' 'fd00:1::2 dev eth0' 'fd00:2::2 dev eth1'; do
+           ip mptcp endpoint add $e subflow
+         done; ip mptcp limits set subflows 1 add_addr_accepted 0");
+    let target = ["--netns", "/run/netns/ctr"];
+    let _server = Server::start(&sandbox, world.paths.server());
+    let mut senders = [world.paths.address(), world.paths.address6()]
+        .map(|to| Sender::start(&sandbox, &ctr(), to, 1 << 30, Some(20_000)));
+    senders.iter_mut().for_each(|sender| sender.wait_sent(1));
+    let found = wait_for("both paths of both connections", LIMIT, || {
+        let found = Diagnosis::of(&sandbox, &target);
+        let up = found.json["subflows"].as_array()?.iter().filter(|s| s["state"] == "ESTAB").count();
+        (up == 4).then_some(found)
+    });
+    found.is_clean();
+    world.sh("ip mptcp limits set subflows 0 add_addr_accepted 0");
+    assert!(Diagnosis::of(&sandbox, &target).has("limits-low"));
+}
+
+/// What hooks had to say when they ran stays to be read, and who was left alone.
+#[test]
+fn doctor_says_again_what_hooks_said() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    // Eight endpoints are the most, and these are somebody else's.
+    world.sh("for i in 2 3 4 5 6 7 8 9; do ip addr add 10.0.1.1$i/24 dev eth0; ip mptcp endpoint add 10.0.1.1$i dev eth0 subflow; done");
+    world.web.oci(&["--interface", "eth1=subflow"]).ok();
+    let found = world.doctor();
+    assert_eq!(found.finding("interface-ignored")["interface"], "eth1");
+    let said = world.web.oci(&["--sysctl", "net.mptcp.nonesuch=1"]).fails_with(1);
+    let host = Diagnosis::of(&sandbox, &[]);
+    let reason = host.finding("hook-failed")["evidence"].as_str().unwrap().to_owned();
+    assert!(reason.contains("nonesuch") && said.contains(&reason), "{reason}: {said}");
 }
 
 #[test]
@@ -544,6 +774,30 @@ fn doctor_of_the_dead_and_the_unknown() {
     sandbox.hook(&["doctor", "--pid", "999999"]).fails_with(1);
 }
 
+/// The commands are for the ledger and the policy that the doctor was told of.
+#[test]
+fn doctor_names_commands_with_its_own_global_options() {
+    let sandbox = Sandbox::new();
+    let mut world = World::wired(&sandbox, &Wiring::new().without_second_route());
+    sandbox.write("/run/o ther.toml", "");
+    let globals = ["--config", "/run/o ther.toml", "--state-dir", "/run/other"];
+    let doctor = |target: &[&str]| Diagnosis::of(&sandbox, &[&globals, target].concat());
+    // An agent would let it go before the doctor sees that it is dead.
+    world.web.oci(&[&globals[..], &["--interface", "eth1=backup", "--follow", "never"]].concat()).ok();
+    let id = world.web.id().to_owned();
+    let found = doctor(&[&id]);
+    found.is(&["route-missing"], 1);
+    let command = found.command("route-missing");
+    let begin = format!("mptcp-hook --config '/run/o ther.toml' --state-dir /run/other apply {id} ");
+    assert!(command.starts_with(&begin), "{command}");
+    world.mend(command);
+    doctor(&[&id]).is_clean();
+    world.web.kill();
+    doctor(&[&id]).says("container-dead", "command", &format!("--state-dir /run/other release {id}"));
+    world.mend(doctor(&[]).command("ledger-stale"));
+    assert!(!doctor(&[]).has("ledger-stale"));
+}
+
 // --- sockets ----------------------------------------------------------------------------------------------------------
 
 #[test]
@@ -553,9 +807,36 @@ fn doctor_tells_plain_tcp_from_mptcp() {
     require("busybox", "busybox-static");
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let listener = sandbox.spawn_in(&ctr(), &["busybox", "nc", "-l", "-p", "7000"]);
-    let found = world.wait_for("tcp-only");
+    // A service that waits has nothing to do with a path from here.
+    let found = world.wait_for("tcp-mixed");
+    found.is_clean();
+    found.says("tcp-mixed", "evidence", ":7000 LISTEN");
+    // An address that is announced is there for it.
+    world.sh("ip mptcp endpoint add 10.0.1.2 id 77 dev eth0 signal");
+    let found = world.doctor();
     found.is(&["tcp-only"], 1);
     found.says("tcp-only", "evidence", ":7000 LISTEN");
+    world.sh("ip mptcp endpoint delete id 77");
+    world.doctor().is_clean();
+    // Of a half-open connection nothing is known.
+    world.sh("ip neigh replace 10.0.1.1 lladdr 02:00:00:00:00:99 dev eth0 nud permanent");
+    let client = sandbox.spawn_in(world.paths.server(), &["busybox", "nc", "10.0.1.2", "7000"]);
+    wait_until("a half-open connection", LIMIT, || !world.sh("ss -tnH state syn-recv").is_empty());
+    let found = world.doctor();
+    found.is_clean();
+    found.says("tcp-mixed", "what", "1 sockets are plain TCP");
+    drop(client);
+    world.sh("ip neigh del 10.0.1.1 dev eth0");
+    // A client of plain TCP has one path.
+    let peer = sandbox.spawn_in(world.paths.server(), &["busybox", "nc", "-l", "-p", "7002", "-e", "sleep", "1000"]);
+    let listens = || sandbox.sh_in(world.paths.server(), "ss -tnlH").contains(":7002");
+    wait_until("a listener", LIMIT, listens);
+    let client = sandbox.spawn_in(&ctr(), &["busybox", "nc", "10.0.0.1", "7002", "-e", "sleep", "1000"]);
+    let found = world.wait_for("tcp-only");
+    found.is(&["tcp-only"], 1);
+    found.says("tcp-only", "evidence", "10.0.0.1:7002 ESTAB");
+    drop((client, peer));
+    wait_until("the client's end", LIMIT, || !world.doctor().has("tcp-only"));
     // Beside MPTCP it is only worth a note.
     let _server = Server::start(&sandbox, world.paths.server());
     let sender = world.transfer();
@@ -574,6 +855,28 @@ fn doctor_tells_plain_tcp_from_mptcp() {
     let found = world.doctor();
     found.is(&["fallbacks"], 0);
     found.says("fallbacks", "evidence", "MPCapableFallbackSYNACK");
+}
+
+/// Programs of one container that talk to each other by its address: packets stay inside, and no second path is missed.
+#[test]
+fn doctor_asks_nothing_of_connections_to_the_containers_own_address() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    world.web.oci(&["--interface", "eth0=subflow", "--interface", "eth1=backup"]).ok();
+    let _server = Server::start(&sandbox, &ctr());
+    let mut sender = Sender::start(&sandbox, &ctr(), [10, 0, 1, 2].into(), 1 << 30, Some(20_000));
+    sender.wait_sent(1);
+    let found = world.doctor();
+    found.is_clean();
+    let subflows = found.json["subflows"].as_array().unwrap();
+    assert!(subflows.iter().any(|s| s["interface"] == "lo" && s["state"] == "ESTAB"), "{subflows:#?}");
+    // Nor where a kernel opens one from eth1 that hangs.
+    let hung = || world.sh("ss -tinH state syn-sent").contains("retrans:");
+    let begin = Instant::now();
+    while !hung() && begin.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    world.doctor().is_clean();
 }
 
 #[test]
@@ -614,6 +917,13 @@ fn doctor_probes_every_path() {
         subflows.iter().find(|s| s["interface"] == interface).unwrap_or_else(|| panic!("{subflows:#?}"))
     };
     assert_eq!((&by("eth0")["backup"], &by("eth1")["backup"]), (&Value::Bool(false), &Value::Bool(true)));
+    // The same peer, in IPv6's words.
+    let found = Diagnosis::of(&sandbox, &[target, "--probe", "[::ffff:10.0.0.1]:5000"]);
+    found.is_clean();
+    assert!(found.has("probe-established"), "{:#}", found.json);
+    assert_eq!(found.json["probe"]["subflows"].as_array().map(Vec::len), Some(2));
+    let refused = sandbox.hook(&["doctor", target, "--probe", "[fe80::1%2]:5000"]).fails_with(2);
+    assert!(refused.contains("link-local"), "{refused}");
     let text = sandbox.hook(&["doctor", target, "--probe", "10.0.0.1:5000"]).ok();
     assert!(text.contains("Subflows of the probe to 10.0.0.1:5000") && text.contains("Nothing is wrong."), "{text}");
     // A peer that takes no joins.
@@ -633,13 +943,56 @@ fn doctor_probes_a_broken_path_and_ipv6() {
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let _server = Server::start(&sandbox, world.paths.server());
     let target = world.web.id();
+    world.sh(STRANGERS);
     // IPv6 says no at once, IPv4 asks the link for the peer's own address.
-    for (peer, evidence) in [("10.0.0.1:5000", "SYN-SENT"), ("[fd00::1]:5000", "no subflow from there")] {
+    for (peer, evidence) in
+        [("10.0.0.1:5000", "without an answer; 10.0.0.1 dev eth1"), ("[fd00::1]:5000", "no subflow from there")]
+    {
         let found = Diagnosis::of(&sandbox, &[target, "--probe", peer]);
         found.is(&["route-missing", "route-missing", "probe-subflow-missing"], 1);
         assert_eq!(found.finding("probe-subflow-missing")["interface"], "eth1");
         found.says("probe-subflow-missing", "evidence", evidence);
     }
+}
+
+/// A peer that hangs up before the second path is up: nothing is said of the path, nor of MPTCP.
+#[test]
+fn doctor_probes_a_peer_that_hangs_up() {
+    fn world(sandbox: &Sandbox) -> World<'_> {
+        let world = World::new(sandbox);
+        world.web.oci(&["--interface", "eth1=backup"]).ok();
+        // The path is never up in time.
+        sandbox.sh_in(world.paths.server(), "ip addr del 10.0.2.1/24 dev eth1");
+        world
+    }
+    let judge = |found: Diagnosis| {
+        found.is(&["probe-peer-closed"], 0);
+        found.says("probe-peer-closed", "what", "10.0.2.2");
+        assert_eq!((&found.json["probe"]["connected"], &found.json["probe"]["mptcp"]), (&true.into(), &true.into()));
+    };
+    // At once, and when it has got the line break.
+    for bytes in [0, 1] {
+        let sandbox = Sandbox::new();
+        let world = world(&sandbox);
+        let _server = Server::hanging_up_after(&sandbox, world.paths.server(), bytes);
+        judge(Diagnosis::of(&sandbox, &[world.web.id(), "--probe", "10.0.0.1:5000"]));
+    }
+    // By RST: the end of a server that has not accepted it.
+    let sandbox = Sandbox::new();
+    let world = world(&sandbox);
+    let server = Server::of_one(&sandbox, world.paths.server());
+    let _accepted = Sender::idle(&sandbox, world.paths.server(), world.paths.address());
+    let program = hook().display().to_string();
+    let probe = sandbox.spawn(&[&program, "doctor", "--json", world.web.id(), "--probe", "10.0.0.1:5000"]);
+    // Without a program, which takes its time on a slow machine: the peer has a second from the first SYN of a join on.
+    let has_connected = || {
+        let sockets = sandbox.inside(&ctr(), || std::fs::read_to_string("/proc/thread-self/net/tcp"));
+        // The server's address, and the state: established.
+        sockets.expect("the sockets").lines().any(|line| line.contains(" 0100000A:1388 01 "))
+    };
+    wait_until("the probe", LIMIT, has_connected);
+    drop(server);
+    judge(Diagnosis::read(probe.wait(LIMIT)));
 }
 
 // --- the host ---------------------------------------------------------------------------------------------------------
@@ -654,6 +1007,7 @@ fn bare_host(sandbox: &Sandbox) {
 }
 
 const HOOKS_D: &str = "/usr/share/containers/oci/hooks.d";
+const ETC_HOOKS_D: &str = "/etc/containers/oci/hooks.d";
 
 #[test]
 fn doctor_of_a_host() {
@@ -664,8 +1018,12 @@ fn doctor_of_a_host() {
     let facts = host();
     let about: Vec<&str> =
         facts.json["facts"].as_array().unwrap().iter().map(|f| f["about"].as_str().unwrap()).collect();
-    for fact in ["kernel", "MPTCP", "enabled", "schedulers", "path managers", "congestion controls"] {
+    for fact in ["kernel", "MPTCP", "enabled", "congestion controls"] {
         assert!(about.contains(&fact), "{about:?}");
+    }
+    let kernel = Running::look();
+    for (fact, sysctl) in [("schedulers", "available_schedulers"), ("path managers", "available_path_managers")] {
+        assert_eq!(about.contains(&fact), kernel.has_sysctl(sysctl), "{fact}: {about:?}");
     }
     // The shipped hook, and no program where it says.
     let repository = env!("CARGO_MANIFEST_DIR");
@@ -677,6 +1035,22 @@ fn doctor_of_a_host() {
     host().is_clean();
     let text = sandbox.hook(&["doctor"]).ok();
     assert!(text.contains("Nothing is wrong.") && text.contains("hooks.d/mptcp-hook.json"), "{text}");
+    // The administrator's directory alone, into which podman does not look by itself.
+    sandbox.sh(&format!("mkdir -p {ETC_HOOKS_D} && mv {HOOKS_D}/mptcp-hook.json {ETC_HOOKS_D}"));
+    let found = host();
+    found.is(&["hook-dir-unseen"], 1);
+    found.says("hook-dir-unseen", "what", ETC_HOOKS_D);
+    found.says("hook-dir-unseen", "mend", HOOKS_D);
+    // A stale one of the distribution's, which the administrator's of the same name overrides where podman is told of both.
+    sandbox.sh(&format!("sed s,/usr/local/bin,/nowhere, {ETC_HOOKS_D}/mptcp-hook.json >{HOOKS_D}/mptcp-hook.json"));
+    host().is(&["hook-path-missing", "hook-dir-unseen"], 1);
+    let both = format!("[engine]\nhooks_dir = [\"{HOOKS_D}\", \"{ETC_HOOKS_D}\"]\n");
+    sandbox.write("/etc/containers/containers.conf", &both);
+    host().is_clean();
+    sandbox.sh("rm -r /etc/containers/oci");
+    host().is(&["hook-path-missing"], 1);
+    sandbox.sh(&format!("rm -r /etc/containers; sed -i s,/nowhere,/usr/local/bin, {HOOKS_D}/mptcp-hook.json"));
+    host().is_clean();
     // podman is told to look elsewhere.
     sandbox.sh("mkdir -p /etc/containers");
     sandbox.write("/etc/containers/containers.conf", "[engine]\nhooks_dir = [\"/opt/hooks\"]\n");
@@ -689,7 +1063,18 @@ fn doctor_of_a_host() {
     host().is_clean();
     sandbox.write("/etc/containers/containers.conf", "[engine\n");
     host().is(&["hook-unreadable"], 1);
-    sandbox.sh("rm /etc/containers/containers.conf");
+    // Elsewhere as well (podman 5), and so do the files that come later, until one says otherwise.
+    sandbox.sh("mkdir -p /etc/containers/containers.conf.d");
+    let tell = |file: &str, list: &str| sandbox.write(file, &format!("[engine]\nhooks_dir = [{list}]\n"));
+    tell("/etc/containers/containers.conf", "\"/opt/hooks\", {append = true}");
+    host().is_clean();
+    tell("/etc/containers/containers.conf.d/1.conf", "\"/opt/more\"");
+    host().is_clean();
+    tell("/etc/containers/containers.conf.d/2.conf", "\"/opt/others\", {append = false}");
+    let found = host();
+    found.is(&["hook-dir-unseen"], 1);
+    found.says("hook-dir-unseen", "evidence", "[\"/opt/others\"] in /etc/containers/containers.conf.d/2.conf");
+    sandbox.sh("rm -r /etc/containers/containers.conf /etc/containers/containers.conf.d");
     // CRI-O as well.
     sandbox.sh("mkdir -p /etc/crio/crio.conf.d");
     sandbox.write("/etc/crio/crio.conf.d/10-hooks.conf", "[crio.runtime]\nhooks_dir = [\"/opt/hooks\"]\n");
@@ -714,15 +1099,43 @@ fn doctor_of_a_host() {
     host().is(&["hook-path-missing", "hook-incomplete"], 1);
 }
 
+/// The host's own switch is no container's, but for one that is in the host's network namespace.
+#[test]
+fn doctor_of_a_host_that_has_mptcp_switched_off_for_itself() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    world.web.oci(&["--interface", "eth1=backup"]).ok();
+    let host = || Diagnosis::of(&sandbox, &[]);
+    let off = || sandbox.sh("echo 0 >/proc/sys/net/mptcp/enabled");
+    sandbox.policy("host-namespace = \"allow\"\n");
+    sandbox.sh("ip link add eth7 type veth peer name far7; ip addr add 10.0.7.2/24 dev eth7; ip link set eth7 up");
+    let inside = Bare::in_netns(&sandbox, "inside", &Netns::Host);
+    inside.oci(&["--interface", "eth7=subflow", "--follow", "never"]).ok();
+    off();
+    let found = host();
+    assert!(found.has("mptcp-disabled") && !found.has("host-mptcp-disabled"), "{:#}", found.json);
+    found.says("mptcp-disabled", "what", inside.id());
+    assert_eq!(found.code, Some(1));
+    world.mend(found.command("mptcp-disabled"));
+    let found = host();
+    assert!(!found.has("mptcp-disabled") && !found.has("host-mptcp-disabled"), "{:#}", found.json);
+    sandbox.hook(&["release", inside.id()]).ok();
+    off();
+    let found = host();
+    assert!(found.has("host-mptcp-disabled") && !found.has("mptcp-disabled"), "{:#}", found.json);
+    world.doctor().is_clean();
+}
+
 #[test]
 fn doctor_of_a_host_with_other_managers_and_a_damaged_ledger() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let program = sandbox.dir().join("mptcpd");
-    std::fs::copy("/bin/busybox", &program).expect("apt-get install busybox-static");
-    let script = format!("exec -a sleep {} 1000", program.display());
-    let daemon = sandbox.spawn_in(&ctr(), &["bash", "-c", &script]);
+    // A program that goes by its arguments alone.
+    std::fs::copy(traffic_program(), &program).expect("copying mptcp-traffic");
+    let program = program.display().to_string();
+    let daemon = sandbox.spawn_in(&ctr(), &[program.as_str(), "serve", "--port", "5999"]);
     let found = world.wait_for("other-manager");
     found.is(&["other-manager"], 0);
     // Only where it is.

@@ -3,384 +3,14 @@
 
 mod common;
 
-use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
 use common::*;
-use serde_json::{Value, json};
-
-/// How long LXC may take to start, restart or end a container.
-const LXC_LIMIT: Duration = Duration::from_secs(15);
+use serde_json::json;
 
 /// A value of the host alone: it stands in the initial network namespace and in no other.
 const HOST_KEY: &str = "net/core/netdev_max_backlog";
-
-/// A user of the machine who is not root: no real one has this uid.
-const USER: u32 = 61_234;
-
-/// The first of the uids that the user's containers may use.
-const USER_FIRST_MAPPED: u32 = 2_000_000;
-
-/// The first of the uids that root's containers with mapped ids use.
-const ROOT_FIRST_MAPPED: u32 = 3_000_000;
-
-/// Who starts a container.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Starter {
-    /// Root, and the container's root is the machine's.
-    Root,
-    /// Root, and the container's users are mapped to others.
-    RootMapped,
-    /// A user who has nothing but a range of uids and the right to two veths (lxc-user-nic(1)).
-    User,
-}
-
-/// A container that LXC knows by its configuration file.
-struct Lxc<'a> {
-    sandbox: &'a Sandbox,
-    starter: Starter,
-    lxcpath: PathBuf,
-    name: String,
-    config: String,
-}
-
-impl<'a> Lxc<'a> {
-    /// A container of root's with busybox and the traffic program and no network.
-    fn new(sandbox: &'a Sandbox, what: &str) -> Self {
-        Self::in_lxcpath(sandbox, "lxc", what, Starter::Root)
-    }
-
-    /// A container in a directory of containers of its own.
-    fn in_lxcpath(sandbox: &'a Sandbox, lxcpath: &str, what: &str, starter: Starter) -> Self {
-        for program in ["lxc-start", "lxc-stop", "lxc-attach", "lxc-info"] {
-            require(program, "lxc");
-        }
-        require("busybox", "busybox-static");
-        let (lxcpath, name) = (sandbox.dir().join(lxcpath), sandbox.name(what));
-        let rootfs = lxcpath.join(&name).join("rootfs");
-        for directory in ["bin", "dev", "proc", "sys", "tmp"] {
-            std::fs::create_dir_all(rootfs.join(directory)).expect("a directory of a root filesystem");
-        }
-        std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox for a root filesystem");
-        std::fs::copy(traffic_program(), rootfs.join("mptcp-traffic")).expect("a program for a root filesystem");
-        let config = format!(
-            "lxc.uts.name = {name}\n\
-             lxc.rootfs.path = dir:{}\n\
-             lxc.init.cmd = /bin/busybox sleep 100000\n\
-             lxc.apparmor.profile = unconfined\n",
-            rootfs.display()
-        );
-        let container = Self { sandbox, starter, lxcpath, name, config };
-        match starter {
-            Starter::Root => container.line("lxc.mount.auto = proc:mixed sys:ro"),
-            Starter::RootMapped => {
-                for file in ["/etc/subuid", "/etc/subgid"] {
-                    sandbox.write(file, &format!("root:{ROOT_FIRST_MAPPED}:65536\n"));
-                }
-                container.mapped(ROOT_FIRST_MAPPED)
-            }
-            Starter::User => {
-                add_user(sandbox);
-                let directory = container.directory();
-                sandbox.sh(&format!("chown {USER} {}", directory.display()));
-                container.mapped(USER_FIRST_MAPPED)
-            }
-        }
-    }
-
-    /// Ids as in the distributions' own unprivileged containers.
-    fn mapped(self, first: u32) -> Self {
-        let rootfs = self.directory().join("rootfs");
-        self.sandbox.sh(&format!("chown -R {first}:{first} {}", rootfs.display()));
-        self.line("lxc.include = /usr/share/lxc/config/userns.conf")
-            .line("lxc.mount.auto = proc:mixed")
-            .line(&format!("lxc.idmap = u 0 {first} 65536"))
-            .line(&format!("lxc.idmap = g 0 {first} 65536"))
-    }
-
-    /// LXCPATH/NAME.
-    fn directory(&self) -> PathBuf {
-        self.lxcpath.join(&self.name)
-    }
-
-    /// Adds a line to the configuration.
-    fn line(mut self, line: &str) -> Self {
-        self.config += line;
-        self.config += "\n";
-        self
-    }
-
-    /// eth0 and eth1 on the bridges of [`two_bridges`]. LXC can give a default route to one of them only; that of eth1
-    /// comes from a hook of the administrator's own, which stands before ours.
-    fn two_paths(self, version: u8) -> Self {
-        let route = "ip route add default via 10.0.2.1 dev eth1 metric 200";
-        self.hook_version(version)
-            .veth(0, &["ipv4.address = 10.0.1.2/24", "ipv4.gateway = 10.0.1.1"])
-            .veth(1, &["ipv4.address = 10.0.2.2/24"])
-            .script("start-host", route)
-    }
-
-    fn hook_version(self, version: u8) -> Self {
-        self.line(&format!("lxc.hook.version = {version}"))
-    }
-
-    /// ethN on the bridge brN.
-    fn veth(mut self, number: u8, lines: &[&str]) -> Self {
-        let name = format!("name = eth{number}");
-        let link = format!("link = br{number}");
-        for line in ["type = veth", link.as_str(), name.as_str(), "flags = up"].iter().chain(lines) {
-            self = self.line(&format!("lxc.net.{number}.{line}"));
-        }
-        self
-    }
-
-    /// A hook of the administrator's own that runs a script in the container's network namespace.
-    fn script(self, kind: &str, script: &str) -> Self {
-        let user = if self.starter == Starter::User { "--user" } else { "" };
-        let lines = self.config.lines().count();
-        let file = self.directory().join(format!("{kind}-{lines}"));
-        let text = format!("#!/bin/sh\nexec nsenter --target $LXC_PID {user} --net sh -ec '{script}'\n");
-        std::fs::write(&file, text).expect("writing a hook script");
-        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("a hook script's mode");
-        self.line(&format!("lxc.hook.{kind} = {}", file.display()))
-    }
-
-    /// Our hook at start-host, with arguments as they stand on the line.
-    fn start_host(self, arguments: &str) -> Self {
-        let program = self.hook_program();
-        self.line(&format!("lxc.hook.start-host = {} lxc {arguments}", program.display()))
-    }
-
-    /// Our hook at post-stop.
-    fn post_stop(self) -> Self {
-        let program = self.hook_program();
-        self.line(&format!("lxc.hook.post-stop = {} lxc", program.display()))
-    }
-
-    /// The hook, where whoever starts the container can read it.
-    fn hook_program(&self) -> PathBuf {
-        let program = self.sandbox.dir().join("mptcp-hook");
-        if !program.exists() {
-            std::fs::copy(hook(), &program).expect("copying the hook");
-        }
-        program
-    }
-
-    /// Where the container's end is noted, after everything else of post-stop.
-    fn end_mark(&self) -> PathBuf {
-        self.directory().join("ended")
-    }
-
-    fn log_file(&self) -> PathBuf {
-        self.directory().join("log")
-    }
-
-    /// LXC's log.
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.log_file()).unwrap_or_default()
-    }
-
-    fn write(&self) {
-        let mark = format!("lxc.hook.post-stop = touch {}\n", self.end_mark().display());
-        std::fs::write(self.directory().join("config"), self.config.clone() + &mark).expect("writing a configuration");
-        let _ = std::fs::remove_file(self.end_mark());
-    }
-
-    /// A command line of LXC's about this container, as its starter runs it.
-    fn lxc(&self, program: &str, arguments: &[&str]) -> Vec<String> {
-        let lxcpath = self.lxcpath.display().to_string();
-        let argv = [&[program, "-P", &lxcpath, "-n", &self.name], arguments].concat();
-        self.as_starter(&argv)
-    }
-
-    /// A command line as the container's starter runs it.
-    fn as_starter(&self, argv: &[&str]) -> Vec<String> {
-        let mut whole: Vec<String> = Vec::new();
-        if self.starter == Starter::User {
-            let enter = format!("echo $$ >{}/cgroup.procs; exec \"$@\"", user_cgroup(self.sandbox));
-            let runtime_directory = format!("XDG_RUNTIME_DIR=/run/user/{USER}");
-            let home = format!("HOME={}", self.directory().display());
-            let (user, group) = (format!("--reuid={USER}"), format!("--regid={USER}"));
-            let as_user = ["sh", "-ec", &enter, "user", "setpriv", &user, &group, "--clear-groups"];
-            let environment = ["env", "-i", &home, &runtime_directory, "PATH=/usr/sbin:/usr/bin:/sbin:/bin"];
-            whole.extend(as_user.iter().chain(&environment).map(|&word| word.to_owned()));
-        }
-        whole.extend(argv.iter().map(|&word| word.to_owned()));
-        whole
-    }
-
-    /// `lxc-start`, which returns when the container runs.
-    fn try_start(&self) -> Outcome {
-        self.write();
-        let log = self.log_file().display().to_string();
-        self.sandbox.run(&self.lxc("lxc-start", &["-l", "DEBUG", "-o", &log]))
-    }
-
-    #[track_caller]
-    fn start(&self) {
-        let outcome = self.try_start();
-        assert_eq!(outcome.code, Some(0), "{outcome}\n--- log\n{}", self.log());
-        assert_eq!(self.state(), "RUNNING");
-    }
-
-    /// Tries to start it and gives LXC's log; panics if it starts. What has to be done after a failed start is over.
-    #[track_caller]
-    fn refused(&self) -> String {
-        let outcome = self.try_start();
-        assert!(outcome.code.is_some_and(|code| code != 0), "the container started: {outcome}");
-        self.wait_ended();
-        assert_eq!(self.state(), "STOPPED");
-        self.log()
-    }
-
-    #[track_caller]
-    fn info(&self, what: &str) -> String {
-        self.sandbox.run(&self.lxc("lxc-info", &["-H", what])).ok()
-    }
-
-    #[track_caller]
-    fn state(&self) -> String {
-        self.info("-s")
-    }
-
-    /// The container's first process, as seen in the sandbox.
-    #[track_caller]
-    fn pid(&self) -> u32 {
-        self.info("-p").parse().expect("a running container's pid")
-    }
-
-    fn netns(&self) -> Netns {
-        Netns::Pid(self.pid())
-    }
-
-    /// The process of LXC's that watches over the container.
-    fn monitor(&self) -> u32 {
-        let status = self.sandbox.sh(&format!("cat /proc/{}/status", self.pid()));
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("a process has a parent");
-        parent.trim().parse().expect("the parent's pid")
-    }
-
-    /// A command in the container.
-    fn attach(&self, argv: &[&str]) -> Running {
-        self.sandbox.spawn(&self.lxc("lxc-attach", &[&["--"], argv].concat()))
-    }
-
-    /// A script of busybox's in the container, run to its end.
-    #[track_caller]
-    fn sh(&self, script: &str) -> String {
-        self.attach(&["/bin/busybox", "sh", "-ec", script]).wait(LXC_LIMIT).ok()
-    }
-
-    /// Sends from inside the container.
-    fn send(&self, to: IpAddr, bytes: u64, rate: Option<u64>) -> Sender {
-        let argv = traffic::send_arguments(traffic::PROGRAM, to, bytes, rate);
-        Sender::attach(self.attach(&argv.iter().map(String::as_str).collect::<Vec<_>>()))
-    }
-
-    /// Ends it and waits until LXC has done everything that comes after.
-    #[track_caller]
-    fn stop(&self) {
-        self.sandbox.run(&self.lxc("lxc-stop", &["-k"])).ok();
-        self.wait_ended();
-    }
-
-    #[track_caller]
-    fn wait_ended(&self) {
-        wait_until("the last post-stop hook", LXC_LIMIT, || self.end_mark().exists());
-    }
-
-    /// Ends container and monitor without a chance for any of the hooks.
-    #[track_caller]
-    fn kill(&self) {
-        let (monitor, pid) = (self.monitor(), self.pid());
-        // The container's first process dies with its monitor (PR_SET_PDEATHSIG), perhaps before kill(1) comes to it.
-        self.sandbox.sh(&format!("kill -9 {monitor} {pid} || :"));
-        for process in [monitor, pid] {
-            wait_until("the end of the container's processes", LXC_LIMIT, || {
-                self.sandbox.run(&["test", "-e", &format!("/proc/{process}")]).code == Some(1)
-            });
-        }
-        assert!(!self.end_mark().exists(), "the post-stop hooks did run");
-    }
-
-    /// `mptcp-hook` as the container's starter.
-    #[track_caller]
-    fn hook(&self, arguments: &[&str]) -> Outcome {
-        let program = self.hook_program().display().to_string();
-        self.sandbox.run(&self.as_starter(&[&[program.as_str()], arguments].concat()))
-    }
-
-    /// The starter's `status --json`.
-    #[track_caller]
-    fn status(&self) -> Value {
-        let json = self.hook(&["status", "--json"]).ok();
-        serde_json::from_str(&json).unwrap_or_else(|e| panic!("status --json gave {json}: {e}"))
-    }
-
-    /// The container in the starter's `status --json`; panics unless it is there exactly once.
-    #[track_caller]
-    fn in_status(&self) -> Value {
-        let status = self.status();
-        let containers = status["containers"].as_array().expect("containers is a list");
-        let mut found = containers.iter().filter(|container| container["id"] == self.name.as_str());
-        let (first, second) = (found.next(), found.next());
-        assert!(first.is_some() && second.is_none(), "{} is not there once in {status:#}", self.name);
-        first.cloned().unwrap_or_default()
-    }
-
-    /// eth1 of the container in the starter's `status --json`, which has it in `state`.
-    #[track_caller]
-    fn eth1_in_status(&self, state: &str) -> Value {
-        eth1_of(&self.in_status(), state)
-    }
-
-    /// The kernel has exactly one endpoint in the container: eth1's address with `names` as its flags.
-    #[track_caller]
-    fn assert_only_endpoint(&self, address: &str, names: &[&str]) {
-        let address: IpAddr = address.parse().expect("an address");
-        assert_only_endpoint(self.sandbox, &self.netns(), address, names);
-    }
-
-    /// The starter's ledger knows nothing any more.
-    #[track_caller]
-    fn assert_ledger_is_empty(&self) {
-        let status = self.status();
-        assert_eq!((&status["containers"], &status["settings"]), (&json!([]), &json!([])), "{status:#}");
-    }
-}
-
-/// The user who is not root, with what an administrator gives to somebody who shall run containers.
-fn add_user(sandbox: &Sandbox) {
-    require("setpriv", "util-linux");
-    require("newuidmap", "uidmap");
-    for file in ["/etc/subuid", "/etc/subgid"] {
-        sandbox.write(file, &format!("lxcuser:{USER_FIRST_MAPPED}:65536\n"));
-    }
-    sandbox.write("/etc/lxc/lxc-usernet", "lxcuser veth br0 4\nlxcuser veth br1 4\n");
-    sandbox.sh(&format!(
-        "echo 'lxcuser:x:{USER}:{USER}::/:/bin/sh' >>/etc/passwd
-         echo 'lxcuser:x:{USER}:' >>/etc/group
-         mkdir -p /run/user/{USER} {cgroup}
-         chmod 700 /run/user/{USER}
-         chown {USER}:{USER} /run/user/{USER} {cgroup} {cgroup}/cgroup.procs {cgroup}/cgroup.subtree_control",
-        cgroup = user_cgroup(sandbox)
-    ));
-}
-
-/// The cgroup that belongs to the user, as systemd would give one.
-fn user_cgroup(sandbox: &Sandbox) -> String {
-    format!("/sys/fs/cgroup/{}", sandbox.name("user"))
-}
-
-/// A server behind two bridges, br0 and br1, in the sandbox's own network namespace.
-fn two_bridges(sandbox: &Sandbox) -> TwoPaths<'_> {
-    let paths = TwoPaths::at_host(sandbox);
-    paths.bridge("br0", "10.0.1.1/24");
-    paths.bridge("br1", "10.0.2.1/24");
-    paths
-}
 
 /// The whole life of a container whose eth1 shall be a backup path: it is one from the first connection on, really
 /// carries nothing while eth0 works, takes over when eth0 is cut, and nothing stays behind.
@@ -431,7 +61,7 @@ fn start_host_version_1_upstream_backup_join_traffic_failover() {
 fn start_host_mapped_ids_upstream_backup_join_traffic_failover() {
     let sandbox = Sandbox::new();
     let paths = two_bridges(&sandbox);
-    let container = Lxc::in_lxcpath(&sandbox, "lxc", "mapped", Starter::RootMapped)
+    let container = Lxc::started_by(&sandbox, "mapped", Starter::RootMapped)
         .two_paths(1)
         .start_host("--interface eth1=backup")
         .post_stop();
@@ -443,13 +73,13 @@ fn start_host_mapped_ids_upstream_backup_join_traffic_failover() {
 fn start_host_unprivileged_user_upstream_backup_join_traffic_failover() {
     let sandbox = Sandbox::new();
     let paths = two_bridges(&sandbox);
-    let container = Lxc::in_lxcpath(&sandbox, "lxc", "rootless", Starter::User)
+    let container = Lxc::started_by(&sandbox, "rootless", Starter::User)
         .two_paths(1)
         .start_host("--interface eth1=backup --sysctl stale_loss_cnt=2")
         .post_stop();
     backup_join_traffic_failover(&container, &paths);
     // The user's ledger is the user's alone, and root's was never touched.
-    assert!(sandbox.outside(&format!("/run/user/{USER}/mptcp-hook")).is_dir());
+    assert!(sandbox.outside(&user::state_directory()).is_dir());
     assert!(!sandbox.outside("/run/mptcp-hook").exists());
     assert_eq!(container.status()["rootless"], true);
 }
@@ -462,7 +92,7 @@ fn start_host_unprivileged_user_changes_its_own_values_alone() {
     let host_value = || sandbox.sysctl(&Netns::Host, "net/core/rmem_max").expect("every namespace shows this value");
     let present: u32 = host_value().parse().expect("a number");
     let make = |what, wish: String| {
-        let container = Lxc::in_lxcpath(&sandbox, "lxc", what, Starter::User).two_paths(1);
+        let container = Lxc::started_by(&sandbox, what, Starter::User).two_paths(1);
         container.start_host(&format!("--interface eth1=backup {wish}")).post_stop()
     };
 
@@ -505,7 +135,7 @@ fn host_value_is_refused_to_an_unprivileged_user() {
     let value = HostValue::of_sysctl(HOST_KEY);
     let sandbox = Sandbox::host_network();
     let original: u32 = value.original().parse().expect("a number");
-    let container = Lxc::in_lxcpath(&sandbox, "lxc", "greedy", Starter::User)
+    let container = Lxc::started_by(&sandbox, "greedy", Starter::User)
         .hook_version(1)
         .line("lxc.net.0.type = empty")
         .start_host(&format!("--sysctl net.core.netdev_max_backlog={}", original + 1000))
@@ -560,7 +190,7 @@ fn start_host_shipped_include_with_a_per_container_file() {
     let _server = Server::start(&sandbox, paths.server());
     last.start();
     assert_eq!(sandbox.endpoints_on(&last.netns(), "eth0").len(), 1);
-    last.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    last.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
     assert!(capture.wait_join("br1").backup);
     last.stop();
     last.assert_ledger_is_empty();
@@ -589,7 +219,7 @@ fn start_host_in_the_hosts_namespace_is_refused() {
         container.assert_ledger_is_empty();
         assert_eq!(sandbox.endpoints(&Netns::Host), []);
         let stop_hook_ran = sandbox.dir().join("stop-hook-ran");
-        wait_until("the stop hook", LXC_LIMIT, || stop_hook_ran.exists());
+        wait_until("the stop hook", ENGINE_LIMIT, || stop_hook_ran.exists());
         std::fs::remove_file(stop_hook_ran).expect("removing a mark");
     }
 }
@@ -676,7 +306,7 @@ fn start_host_without_an_address_is_pending_until_apply() {
         assert_eq!(container.eth1_in_status("applied")["route"], "ok");
         container.assert_only_endpoint("10.0.2.2", &["backup", "subflow"]);
         let joins = capture.joins().len();
-        container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
         assert!(capture.wait_join("br1").backup);
         assert!(capture.joins().len() > joins);
         container.stop();
@@ -693,7 +323,7 @@ fn apply_switches_the_live_connections_of_an_lxc_container() {
     let capture = Capture::start(&sandbox, paths.server());
     let container = Lxc::new(&sandbox, "live").two_paths(1).start_host("--interface eth1=backup").post_stop();
     container.start();
-    let mut transfer = container.send(paths.address(), 60_000_000, Some(RATE));
+    let mut transfer = container.send(paths.address(), 60_000_000, Some(6_000_000));
     transfer.wait_sent(1_000_000);
     assert!(capture.wait_join("br1").backup);
     // The bridges' ports see every packet once more.
@@ -706,7 +336,7 @@ fn apply_switches_the_live_connections_of_an_lxc_container() {
         let seen = prios().len();
         container.hook(&["apply", &container.name, "--interface", wish]).ok();
         container.assert_only_endpoint("10.0.2.2", names);
-        let prio = wait_for("an MP_PRIO option", Duration::from_secs(5), || prios().get(seen).cloned());
+        let prio = wait_for("an MP_PRIO option", ENGINE_LIMIT, || prios().get(seen).cloned());
         assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
     }
@@ -772,7 +402,8 @@ fn start_host_several_lines_that_disagree_stop_the_container() {
     }
 }
 
-/// LXC adds the addresses just before the hook runs: duplicate address detection is not over yet then.
+/// LXC adds the addresses just before the hook runs: duplicate address detection, which takes three seconds here, is not
+/// over yet then.
 #[test]
 fn start_host_tentative_ipv6_is_added_at_once() {
     let sandbox = Sandbox::new();
@@ -788,7 +419,8 @@ fn start_host_tentative_ipv6_is_added_at_once() {
         .script(
             "start-host",
             &format!(
-                "ip -6 route add default via fd00:2::1 dev eth1 metric 2048
+                "echo 3000 >/proc/sys/net/ipv6/neigh/eth1/retrans_time_ms
+                 ip -6 route add default via fd00:2::1 dev eth1 metric 2048
                  ip -6 addr show dev eth1 tentative >{}",
                 seen.display()
             ),
@@ -802,7 +434,7 @@ fn start_host_tentative_ipv6_is_added_at_once() {
     container.assert_only_endpoint("fd00:2::2", &["backup", "subflow"]);
     container.eth1_in_status("applied");
 
-    wait_until("the end of duplicate address detection", Duration::from_secs(5), || {
+    wait_until("the end of duplicate address detection", ENGINE_LIMIT, || {
         let left = sandbox.sh_in(&container.netns(), "ip -6 addr show scope global tentative");
         left.is_empty()
     });
@@ -834,8 +466,8 @@ fn a_reboot_from_inside_sets_the_container_up_again() {
         for round in 1..=2 {
             let pid = container.pid();
             // The program that asks for it ends with the container.
-            let _ = container.attach(&["/bin/busybox", "reboot", "-f"]).wait(LXC_LIMIT);
-            wait_until("the container after its reboot", LXC_LIMIT, || {
+            let _ = container.attach(&["/bin/busybox", "reboot", "-f"]).wait(ENGINE_LIMIT);
+            wait_until("the container after its reboot", ENGINE_LIMIT, || {
                 let now = sandbox.run(&container.lxc("lxc-info", &["-H", "-p"]));
                 now.stdout.trim().parse().is_ok_and(|now: u32| now != pid) && container.state() == "RUNNING"
             });
@@ -848,7 +480,7 @@ fn a_reboot_from_inside_sets_the_container_up_again() {
         let in_status = container.in_status();
         assert_eq!((&in_status["pid"], &in_status["live"]), (&json!(container.pid()), &json!(true)));
         let joins = capture.joins().len();
-        container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
         assert!(capture.wait_join("br1").backup && capture.joins().len() > joins);
         // The hooks of a reboot have left this mark, too.
         let _ = std::fs::remove_file(container.end_mark());
@@ -901,6 +533,12 @@ fn one_name_in_two_lxcpaths_is_two_containers() {
     // Which of them is meant cannot be told.
     let message = first.hook(&["apply", &first.name, "--interface", "eth1=subflow"]).fails_with(2);
     assert!(message.contains(&first.name), "{message}");
+    // The message names each by its lxcpath.
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let of_second = words.iter().position(|word| word.contains("/there)")).map(|place| words[place - 1]);
+    second.hook(&["apply", of_second.expect("the second's"), "--interface", "eth1=backup"]).ok();
+    second.assert_only_endpoint("10.0.2.2", &["backup", "subflow"]);
+    second.hook(&["apply", of_second.expect("the second's"), "--interface", "eth1=subflow"]).ok();
     first.stop();
     second.assert_only_endpoint("10.0.2.2", &["subflow"]);
     assert_eq!(second.in_status()["pid"], second.pid());
@@ -1061,16 +699,11 @@ fn host_value_of_a_killed_container() {
 fn the_hook_keeps_nobody_waiting() {
     let sandbox = Sandbox::new();
     let paths = two_bridges(&sandbox);
-    let start = |container: &Lxc| {
-        let begin = Instant::now();
-        container.start();
-        begin.elapsed()
-    };
     let without = Lxc::new(&sandbox, "without").two_paths(1);
     let with = Lxc::new(&sandbox, "with").two_paths(1).start_host("--interface eth1=backup").post_stop();
-    let bare = start(&without);
+    let bare = without.start();
     without.stop();
-    let hooked = start(&with);
+    let hooked = with.start();
     assert!(hooked < bare + Duration::from_secs(3), "{hooked:?} with the hook, {bare:?} without");
     let program = with.hook_program();
     let left = sandbox.sh(&format!(
@@ -1087,12 +720,12 @@ fn the_hook_keeps_nobody_waiting() {
     foreground.write();
     let log = foreground.log_file().display().to_string();
     let running = sandbox.spawn(&foreground.lxc("lxc-start", &["-F", "-l", "DEBUG", "-o", &log]));
-    wait_until("the container in the foreground", LXC_LIMIT, || foreground.state() == "RUNNING");
+    wait_until("the container in the foreground", ENGINE_LIMIT, || foreground.state() == "RUNNING");
     foreground.assert_only_endpoint("10.0.2.2", &["backup", "subflow"]);
     let _server = Server::start(&sandbox, paths.server());
     assert!(foreground.send(paths.address(), 1_000_000, None).finish(TRANSFER_LIMIT).mptcp);
     foreground.stop();
-    let outcome = running.wait(LXC_LIMIT);
+    let outcome = running.wait(ENGINE_LIMIT);
     assert!(!outcome.stdout.contains("mptcp-hook") && !outcome.stderr.contains("mptcp-hook"), "{outcome}");
     assert!(foreground.log().contains("produced output: mptcp-hook: "), "{}", foreground.log());
     foreground.assert_ledger_is_empty();

@@ -1,40 +1,18 @@
-//! The hook under podman with netavark and conmon, on crun and runc, as an administrator installs it: the shipped
-//! hooks.d file, named in containers.conf.
-//!
-//! podman joins the containers to bridges in the sandbox's own namespace, which is the server of these tests: eth0 of
-//! a container is behind br0, eth1 behind br1, and the server's address 10.0.0.1 is reachable over both.
-//!
-//! netavark gives every default route the metric 100, so it is left to chance which of two networks carries the first
-//! subflow. Where that matters, the networks of a test have netavark's option `metric`: 100 for net0, 200 for net1.
+//! The hook under podman with netavark and conmon, on crun and runc, as an administrator installs it.
 
 mod common;
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::*;
 use serde_json::{Value, json};
 
 /// How long the clean-up that conmon starts after a container's end may take.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(30);
 
-/// What is shipped for podman and CRI-O.
-const HOOKS_D: &str = include_str!("../hooks/oci/hooks.d/mptcp-hook.json");
-
-/// Where the shipped file expects the program.
-const INSTALLED: &str = "/usr/local/bin/mptcp-hook";
-
-/// The networks, with the names that the interfaces get in the container.
-const NETWORKS: [&str; 2] = ["--network=net0:interface_name=eth0", "--network=net1:interface_name=eth1"];
-
-/// The usual wish.
-const BACKUP: &str = "--annotation=mptcp-hook/interface.eth1=backup";
 /// Nobody is to see to it later.
 const NEVER: &str = "--annotation=mptcp-hook/follow=never";
-
-/// An unprivileged user who has no other processes.
-const USER: u32 = 54_242;
 
 with_each_runtime! {
     podman_upstream_backup_join_traffic_failover,
@@ -54,235 +32,10 @@ with_each_runtime! {
     podman_sysctl_option_conflicts_with_the_annotation,
     podman_sysctl_option_that_turns_mptcp_off,
     podman_without_network_is_pending,
+    podman_that_is_told_of_no_directory_looks_into_one,
     podman_user_namespace_gets_its_network_later,
     podman_rootless_upstream_backup_join_traffic,
     podman_rootless_cannot_change_the_host,
-}
-
-/// A podman of its own below the sandbox's directory.
-struct Podman<'a> {
-    sandbox: &'a Sandbox,
-    runtime: Runtime,
-}
-
-impl<'a> Podman<'a> {
-    /// Installs the hook as shipped.
-    fn new(sandbox: &'a Sandbox, runtime: Runtime) -> Self {
-        Self::with_hook_arguments(sandbox, runtime, &[])
-    }
-
-    /// Installs the hook with further `arguments` in its hooks.d file.
-    fn with_hook_arguments(sandbox: &'a Sandbox, runtime: Runtime, arguments: &[&str]) -> Self {
-        for (program, package) in [("podman", "podman"), ("conmon", "conmon"), (runtime.program(), runtime.program())] {
-            require(program, package);
-        }
-        let netavark = ["/usr/lib/podman/netavark", "/usr/libexec/podman/netavark"].map(PathBuf::from);
-        assert!(
-            netavark.iter().any(|path| path.exists()),
-            "netavark is missing: apt-get install --no-install-recommends -y netavark"
-        );
-        let dir = sandbox.dir();
-        for (network, octet) in [("net0", 1), ("net1", 2)] {
-            write_network(sandbox, network, octet, Some(octet * 100));
-        }
-        write_hooks_d(&dir.join("hooks.d"), &hook(), arguments);
-        sandbox.write("/etc/containers/containers.conf", &containers_conf(dir, runtime));
-        let storage = format!(
-            "[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"/run/containers\"\n",
-            dir.join("storage").display()
-        );
-        sandbox.write("/etc/containers/storage.conf", &storage);
-        Self { sandbox, runtime }
-    }
-
-    /// Runs podman with `arguments`.
-    #[track_caller]
-    fn podman(&self, arguments: &[&str]) -> Outcome {
-        self.sandbox.run(&[&["podman"], arguments].concat())
-    }
-
-    /// Where crun puts what hooks of the container `name` print; elsewhere it would go to /dev/null.
-    fn hook_messages(&self, name: &str) -> PathBuf {
-        self.sandbox.dir().join(format!("{name}.hooks"))
-    }
-
-    /// `podman run` of a container that sleeps.
-    #[track_caller]
-    fn run(&self, name: &str, options: &[&str]) -> Outcome {
-        let messages = format!("--annotation=run.oci.hooks.stderr={}", self.hook_messages(name).display());
-        let cgroup = format!("--cgroup-parent=/{}", self.sandbox.unique());
-        let root = oci::root_filesystem(self.sandbox).display().to_string();
-        let mut arguments = vec!["run", "--detach", "--name", name, &messages];
-        if self.runtime == Runtime::Runc {
-            arguments.push(&cgroup);
-        }
-        arguments.extend(options);
-        arguments.extend(["--rootfs", &root, "/bin/busybox", "sleep", "1000"]);
-        self.podman(&arguments)
-    }
-
-    /// Starts a container with `options`.
-    #[track_caller]
-    fn start(&'a self, name: &'a str, options: &[&str]) -> Member<'a> {
-        let outcome = self.run(name, options);
-        let messages = std::fs::read_to_string(self.hook_messages(name)).unwrap_or_default();
-        assert_eq!(outcome.code, Some(0), "{outcome}\n{messages}");
-        Member { podman: self, name, id: outcome.ok() }
-    }
-
-    /// Starts a container with both networks and `options`.
-    #[track_caller]
-    fn start_on_both(&'a self, name: &'a str, options: &[&str]) -> Member<'a> {
-        self.start(name, &[&NETWORKS[..], options].concat())
-    }
-
-    /// A container that the hook has to keep from starting with exit `status`; gives all that was printed and its id.
-    #[track_caller]
-    fn refused(&self, name: &str, options: &[&str], status: i32) -> (String, String) {
-        let outcome = self.run(name, options);
-        let hooks = std::fs::read_to_string(self.hook_messages(name)).unwrap_or_default();
-        let message = format!("{outcome}\n{hooks}");
-        assert_ne!(outcome.code, Some(0), "it was started: {message}");
-        let said = [format!("exit status {status}"), format!("exit code: {status}")];
-        assert!(said.iter().any(|words| message.contains(words)), "not exit {status}: {message}");
-        assert_eq!(self.inspect(name, "{{.State.Pid}}"), "0", "it runs: {message}");
-        let id = self.inspect(name, "{{.Id}}");
-        self.podman(&["rm", "--force", "--time=0", name]).ok();
-        (message, id)
-    }
-
-    #[track_caller]
-    fn inspect(&self, name: &str, format: &str) -> String {
-        self.podman(&["inspect", "--format", format, name]).ok()
-    }
-
-    /// A pod with both networks, whose first container is of an image made here.
-    #[track_caller]
-    fn pod(&self, name: &str) {
-        let root = oci::root_filesystem(self.sandbox).display().to_string();
-        self.sandbox.sh(&format!("tar -C {root} -c . | podman import --quiet - localhost/infra"));
-        let cgroup = format!("--cgroup-parent=/{}", self.sandbox.unique());
-        let mut arguments = vec!["pod", "create", "--name", name, "--share=net", "--infra-image=localhost/infra"];
-        arguments.push("--infra-command=/bin/busybox sleep 1000");
-        if self.runtime == Runtime::Runc {
-            // podman 4.3 forbids every device in a pod's own cgroup, /dev/null included.
-            arguments.extend([cgroup.as_str(), "--share-parent=false"]);
-        }
-        arguments.extend(NETWORKS);
-        self.podman(&arguments).ok();
-    }
-}
-
-/// A container of podman.
-struct Member<'a> {
-    podman: &'a Podman<'a>,
-    name: &'a str,
-    id: String,
-}
-
-impl Member<'_> {
-    fn id(&self) -> &str {
-        &self.id
-    }
-
-    #[track_caller]
-    fn netns(&self) -> Netns {
-        let pid = self.podman.inspect(self.name, "{{.State.Pid}}").parse().expect("a pid");
-        assert_ne!(pid, 0, "{} does not run", self.name);
-        Netns::Pid(pid)
-    }
-
-    fn send(&self, to: IpAddr, bytes: u64, rate: u64) -> Sender {
-        let program = traffic::send_arguments(traffic::PROGRAM, to, bytes, Some(rate));
-        let mut argv = vec!["podman".to_owned(), "exec".to_owned(), self.name.to_owned()];
-        argv.extend(program);
-        Sender::attach(self.podman.sandbox.spawn(&argv))
-    }
-
-    /// `podman rm --force`, which runs poststop and waits for it.
-    #[track_caller]
-    fn remove(&self) {
-        self.podman.podman(&["rm", "--force", "--time=0", self.name]).ok();
-    }
-
-    /// eth1's address: podman gives every life of a container another one.
-    #[track_caller]
-    fn eth1_address(&self) -> IpAddr {
-        let json = self.podman.sandbox.run_in(&self.netns(), &["ip", "-j", "-4", "address", "show", "eth1"]).ok();
-        let links: Value = serde_json::from_str(&json).unwrap_or_else(|e| panic!("addresses {json}: {e}"));
-        links[0]["addr_info"][0]["local"].as_str().and_then(|a| a.parse().ok()).expect("eth1 has an address")
-    }
-
-    /// The container's namespace has one endpoint, eth1's backup, and `status` says so.
-    #[track_caller]
-    fn assert_backup_on_eth1(&self) {
-        let sandbox = self.podman.sandbox;
-        assert_only_endpoint(sandbox, &self.netns(), self.eth1_address(), &["backup", "subflow"]);
-        let eth1 = eth1_of(&sandbox.status_of(&self.id), "applied");
-        assert_eq!(eth1["flags"], json!(["subflow", "backup"]));
-        assert_eq!(eth1["route"], "ok");
-    }
-}
-
-/// A network as podman 4 keeps it. The file, because `podman network create` cannot name the bridge (before 4.6) nor
-/// pass `metric` on.
-fn write_network(sandbox: &Sandbox, name: &str, octet: u32, metric: Option<u32>) {
-    let bridge = name.replace("net", "br");
-    let mut network = json!({
-        "name": name,
-        "id": format!("{octet:064x}"),
-        "driver": "bridge",
-        "network_interface": bridge,
-        "created": "2024-01-01T00:00:00Z",
-        "subnets": [{ "subnet": format!("10.0.{octet}.0/24"), "gateway": format!("10.0.{octet}.1") }],
-        "ipv6_enabled": false,
-        "internal": false,
-        "dns_enabled": false,
-        "ipam_options": { "driver": "host-local" },
-    });
-    if let Some(metric) = metric {
-        network["options"] = json!({ "metric": metric.to_string() });
-    }
-    let networks = sandbox.dir().join("networks");
-    std::fs::create_dir_all(&networks).expect("the directory of the networks");
-    std::fs::write(networks.join(format!("{name}.json")), network.to_string()).expect("writing a network");
-}
-
-/// The shipped hooks.d file for the program under test.
-fn write_hooks_d(directory: &Path, program: &Path, arguments: &[&str]) {
-    let mut entry: Value = serde_json::from_str(HOOKS_D).expect("the shipped file is JSON");
-    assert_eq!(entry["hook"]["path"], INSTALLED);
-    entry["hook"]["path"] = json!(program);
-    entry["hook"]["args"].as_array_mut().expect("args is a list").extend(arguments.iter().map(|a| json!(a)));
-    std::fs::create_dir_all(directory).expect("the hooks directory");
-    std::fs::write(directory.join("mptcp-hook.json"), entry.to_string()).expect("writing the hooks.d file");
-}
-
-/// containers.conf with hooks and networks below `directory`; the limits are what a root without CAP_SYS_RESOURCE may
-/// set.
-fn containers_conf(directory: &Path, runtime: Runtime) -> String {
-    let cgroups = match runtime {
-        Runtime::Crun => "disabled",
-        Runtime::Runc => "enabled",
-    };
-    format!(
-        r#"[engine]
-runtime = "{runtime}"
-hooks_dir = ["{dir}/hooks.d"]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-[network]
-network_backend = "netavark"
-network_config_dir = "{dir}/networks"
-[containers]
-cgroups = "{cgroups}"
-pids_limit = 0
-log_driver = "k8s-file"
-default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
-"#,
-        runtime = runtime.program(),
-        dir = directory.display(),
-    )
 }
 
 /// Nothing stays behind: no container, no setting, no endpoint of the host, no file in the state directory.
@@ -333,7 +86,7 @@ fn podman_either_default_route_first_with_both_interfaces_named(runtime: Runtime
     let paths = TwoPaths::at_host(&sandbox);
     let podman = Podman::new(&sandbox, runtime);
     for (network, octet) in [("net0", 1), ("net1", 2)] {
-        write_network(&sandbox, network, octet, None);
+        podman::write_network(&sandbox, network, octet, DefaultRoute::OfPodman);
     }
     let _server = Server::start(&sandbox, paths.server());
     let container = podman.start_on_both("web", &["--annotation=mptcp-hook/interfaces=eth0=subflow; eth1=backup"]);
@@ -678,6 +431,30 @@ fn podman_without_network_is_pending(runtime: Runtime) {
     assert_nothing_is_left(&sandbox);
 }
 
+/// Told of no directory, podman takes the hooks of /usr/share and passes over those of /etc; the doctor goes by that.
+fn podman_that_is_told_of_no_directory_looks_into_one(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let podman = Podman::new(&sandbox, runtime);
+    sandbox.sh(&format!(
+        "sed -i /^hooks_dir/d /etc/containers/containers.conf
+         mkdir -p /usr/share/containers && mount -t tmpfs tmpfs /usr/share/containers
+         mkdir -p /usr/share/containers/oci /etc/containers/oci
+         mv {} /etc/containers/oci",
+        sandbox.dir().join("hooks.d").display()
+    ));
+    let options = ["--network=none", BACKUP, NEVER];
+    let passed_over = podman.start("passed-over", &options);
+    assert_eq!(sandbox.status()["containers"], json!([]));
+    assert!(Diagnosis::of(&sandbox, &[]).has("hook-dir-unseen"));
+    passed_over.remove();
+    sandbox.sh("mv /etc/containers/oci/hooks.d /usr/share/containers/oci");
+    let taken = podman.start("taken", &options);
+    eth1_of(&sandbox.status_of(taken.id()), "pending");
+    assert!(!Diagnosis::of(&sandbox, &[]).has("hook-dir-unseen"));
+    taken.remove();
+    assert_nothing_is_left(&sandbox);
+}
+
 /// With a user namespace podman joins the container to its networks only after the hooks. (What the agent does about it
 /// is tested with the agent.)
 fn podman_user_namespace_gets_its_network_later(runtime: Runtime) {
@@ -699,104 +476,6 @@ fn podman_user_namespace_gets_its_network_later(runtime: Runtime) {
     assert_nothing_is_left(&sandbox);
 }
 
-/// podman of an unprivileged user, with a network namespace of the user's that joins the two paths.
-struct Rootless<'a> {
-    sandbox: &'a Sandbox,
-    home: PathBuf,
-    /// Lives in the network namespace `ctr`.
-    _holder: Running,
-}
-
-impl<'a> Rootless<'a> {
-    fn new(paths: &TwoPaths<'_>, sandbox: &'a Sandbox, runtime: Runtime) -> Self {
-        for (program, package) in
-            [("podman", "podman"), (runtime.program(), runtime.program()), ("newuidmap", "uidmap")]
-        {
-            require(program, package);
-        }
-        let home = sandbox.dir().join("home");
-        let program = home.join("mptcp-hook");
-        std::fs::create_dir_all(&home).expect("the user's home");
-        // Where the tests are built, others need not be able to read.
-        std::fs::copy(hook(), &program).expect("copying the hook");
-        write_hooks_d(&home.join("hooks.d"), &program, &[]);
-        let config = home.join(".config/containers");
-        std::fs::create_dir_all(&config).expect("the user's configuration");
-        std::fs::write(config.join("containers.conf"), containers_conf(&home, runtime)).expect("containers.conf");
-        std::fs::write(config.join("storage.conf"), "[storage]\ndriver = \"vfs\"\n").expect("storage.conf");
-        let root = oci::root_filesystem(sandbox);
-        sandbox.sh(&format!(
-            "echo 'mptcp-test:x:{USER}:{USER}::{home}:/bin/sh' >>/etc/passwd
-             echo 'mptcp-test:x:{USER}:' >>/etc/group
-             echo 'mptcp-test:300000:65536' >/etc/subuid
-             echo 'mptcp-test:300000:65536' >/etc/subgid
-             install -d -m 700 -o {USER} -g {USER} /run/user /run/user/{USER}
-             chmod 755 /run/user
-             cp -a {root} {home}/rootfs
-             chown -R {USER}:{USER} {home}",
-            home = home.display(),
-            root = root.display(),
-        ));
-        let script =
-            format!("touch {0}/ctr; unshare --net={0}/ctr sh -c 'echo $$ >{0}/pid; exec sleep 1000'", home.display());
-        let mut holder = sandbox.spawn(&as_user(&home, &["podman", "unshare", "sh", "-ec", &script]));
-        let pid_file = home.join("pid");
-        let pid = wait_for("the user's network namespace", CLEAN_UP_LIMIT, || {
-            assert!(holder.is_running(), "podman unshare ended: {}{}", holder.stdout(), holder.stderr());
-            std::fs::read_to_string(&pid_file).ok()?.trim().parse::<u32>().ok()
-        });
-        sandbox.sh(&format!("ip netns attach ctr {pid}"));
-        paths.join(&Wiring::new(), &Netns::named("ctr"));
-        Self { sandbox, home, _holder: holder }
-    }
-
-    /// Runs a program as the user.
-    #[track_caller]
-    fn run(&self, argv: &[&str]) -> Outcome {
-        self.sandbox.run(&as_user(&self.home, argv))
-    }
-
-    /// `podman run` of a container in the namespace `ctr` that sleeps.
-    #[track_caller]
-    fn start(&self, name: &str, options: &[&str]) -> Outcome {
-        let network = format!("--network=ns:{}/ctr", self.home.display());
-        let messages = format!("--annotation=run.oci.hooks.stderr={}", self.messages(name).display());
-        let root = self.home.join("rootfs").display().to_string();
-        let mut argv = vec!["podman", "run", "--detach", "--name", name, &network, &messages];
-        argv.extend(options);
-        argv.extend(["--rootfs", &root, "/bin/busybox", "sleep", "1000"]);
-        self.run(&argv)
-    }
-
-    fn messages(&self, name: &str) -> PathBuf {
-        self.home.join(format!("{name}.hooks"))
-    }
-
-    /// What the user's ledger says, to the user.
-    #[track_caller]
-    fn status(&self) -> Value {
-        let program = self.home.join("mptcp-hook").display().to_string();
-        let json = self.run(&[&program, "status", "--json"]).ok();
-        serde_json::from_str(&json).unwrap_or_else(|e| panic!("status --json gave {json}: {e}"))
-    }
-
-    #[track_caller]
-    fn remove(&self, name: &str) {
-        self.run(&["podman", "rm", "--force", "--time=0", name]).ok();
-    }
-}
-
-/// A command line that runs `argv` as the user without privileges.
-fn as_user(home: &Path, argv: &[&str]) -> Vec<String> {
-    let user = USER.to_string();
-    let home = format!("HOME={}", home.display());
-    let runtime_dir = format!("XDG_RUNTIME_DIR=/run/user/{USER}");
-    let mut all = vec!["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups", "env", "--ignore-environment"];
-    all.extend(["--chdir=/", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", &home, &runtime_dir]);
-    all.extend(argv);
-    all.into_iter().map(str::to_owned).collect()
-}
-
 /// The hook is uid 0 in podman's user namespace: it may change what belongs to that, and keeps the ledger in the
 /// user's own runtime directory.
 fn podman_rootless_upstream_backup_join_traffic(runtime: Runtime) {
@@ -808,8 +487,7 @@ fn podman_rootless_upstream_backup_join_traffic(runtime: Runtime) {
     let _server = Server::start(&sandbox, paths.server());
     let capture = Capture::start(&sandbox, paths.server());
     let outcome = rootless.start("web", &[BACKUP]);
-    let said = std::fs::read_to_string(rootless.messages("web")).unwrap_or_default();
-    assert_eq!(outcome.code, Some(0), "{outcome}\n{said}");
+    assert_eq!(outcome.code, Some(0), "{outcome}\n{}", rootless.messages("web"));
 
     let ctr = Netns::named("ctr");
     assert_only_endpoint(&sandbox, &ctr, IpAddr::from([10, 0, 2, 2]), &["backup", "subflow"]);
@@ -817,14 +495,11 @@ fn podman_rootless_upstream_backup_join_traffic(runtime: Runtime) {
     let status = rootless.status();
     assert_eq!(status["containers"][0]["id"], outcome.stdout.trim());
     assert_eq!(status["containers"][0]["interfaces"][0]["state"], "applied");
-    let owner = sandbox.sh(&format!("stat -c '%u %a' /run/user/{USER}/mptcp-hook"));
-    assert_eq!(owner, format!("{USER} 700"));
+    let owner = sandbox.sh(&format!("stat -c '%u %a' {}", user::state_directory()));
+    assert_eq!(owner, format!("{} 700", user::UID));
     assert_eq!(sandbox.run(&["test", "-e", "/run/mptcp-hook"]).code, Some(1), "it wrote to root's ledger");
 
-    let mut argv = vec!["podman".to_owned(), "exec".to_owned(), "web".to_owned()];
-    argv.extend(traffic::send_arguments(traffic::PROGRAM, paths.address(), 5_000_000, Some(RATE)));
-    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-    let transfer = Sender::attach(sandbox.spawn(&as_user(&rootless.home, &argv)));
+    let transfer = rootless.send("web", paths.address(), 5_000_000, 5_000_000);
     assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
     assert!(capture.wait_join("eth1").backup);
     let (first, second) = (capture.payload_received("eth0"), capture.payload_received("eth1"));
@@ -833,7 +508,7 @@ fn podman_rootless_upstream_backup_join_traffic(runtime: Runtime) {
     rootless.remove("web");
     assert_eq!(sandbox.endpoints(&ctr), []);
     assert_eq!(rootless.status()["containers"], json!([]));
-    assert_eq!(sandbox.sh(&format!("find /run/user/{USER}/mptcp-hook -type f")), "");
+    assert_eq!(sandbox.sh(&format!("find {} -type f", user::state_directory())), "");
 }
 
 /// Host-wide values are not a user's to change, even if the policy lists them.
@@ -845,8 +520,7 @@ fn podman_rootless_cannot_change_the_host(runtime: Runtime) {
     let before = sandbox.sysctl(&Netns::Host, "net/core/rmem_max").expect("there is such a value");
     let wish = "--annotation=mptcp-hook/sysctl.net.core.rmem_max=7654321";
     let outcome = rootless.start("greedy", &[BACKUP, wish]);
-    let hooks = std::fs::read_to_string(rootless.messages("greedy")).unwrap_or_default();
-    let message = format!("{outcome}\n{hooks}");
+    let message = format!("{outcome}\n{}", rootless.messages("greedy"));
     assert_ne!(outcome.code, Some(0), "it was started: {message}");
     assert!(message.contains("exit status 3") || message.contains("exit code: 3"), "{message}");
     assert!(message.contains("net.core.rmem_max") && message.contains("user namespace"), "{message}");

@@ -669,6 +669,142 @@ fn refusals_without_end_fill_nothing() {
     assert!(sandbox.hook(&["status"]).ok().contains(&format!("({dropped} older ones were dropped")));
 }
 
+/// An annotation has room for thousands of wishes: they are refused as a whole, at once, and nothing is left of them.
+#[test]
+fn more_wishes_than_a_container_may_have() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    let list = |number, form: &dyn Fn(usize) -> String| (0..number).map(form).collect::<Vec<_>>().join(";");
+    let too_many = |wishes: &str, key| {
+        let begin = std::time::Instant::now();
+        world.nonsense(key, wishes, &["more than 256 things", "annotation"]);
+        assert!(begin.elapsed() < std::time::Duration::from_secs(4), "it took {:?}", begin.elapsed());
+        assert_eq!(sandbox.sh("find /run/mptcp-hook/locks -type f 2>/dev/null || :"), "");
+    };
+    too_many(&list(257, &|n| format!("a{n}=off")), "mptcp-hook/interfaces");
+    too_many(&list(40_000, &|n| format!("a{n}=off")), "mptcp-hook/interfaces");
+    too_many(&list(300, &|n| format!("net.mptcp.k{n}={}", "9".repeat(2000))), "mptcp-hook/sysctls");
+    // As many as there may be, with the longest values.
+    let most = list(256, &|n| format!("net.ipv4.k{n}={}", "9".repeat(3500)));
+    let outcome = world.ask(&[("mptcp-hook/sysctls", &most)], &[]);
+    world.assert_unmoved(&outcome, 1, &["net.ipv4.k0", "annotation"]);
+    assert!(outcome.stderr.len() < 1500, "nobody reads that much: {outcome}");
+    assert_eq!(sandbox.sh("find /run/mptcp-hook/locks -type f 2>/dev/null || :"), "");
+}
+
+/// A container's author gives it the name or the id of another one: whoever changes something by that word means the other,
+/// and is asked for the id where there is no other.
+#[test]
+fn a_name_by_annotation_takes_no_others_place() {
+    let sandbox = Sandbox::new();
+    let mut world = World::new(&sandbox);
+    let victim = Bare::new(&sandbox, "victim");
+    victim.oci(&["--limit", "subflows=5", "--name", "database"]).ok();
+    for (name, target) in [(victim.id(), victim.id()), ("database", "database")] {
+        world.ask(&[("mptcp-hook/limit.subflows", "4"), ("mptcp-hook/name", name)], &[]).ok();
+        world.remember();
+        sandbox.hook(&["apply", target, "--limit", "subflows=6"]).ok();
+        assert!(sandbox.sh_in(&victim.netns(), "ip mptcp limits show").contains("subflows 6"));
+        let status: Value = serde_json::from_str(&sandbox.hook(&["status", target, "--json"]).ok()).expect("JSON");
+        assert_eq!(status["containers"].as_array().map(Vec::len), Some(1), "{status:#}");
+        assert_eq!(status["containers"][0]["id"], victim.id());
+        sandbox.hook(&["apply", target, "--limit", "subflows=5"]).ok();
+        sandbox.hook(&["release", world.web.id()]).ok();
+        world.remember();
+    }
+    // Nobody else has the name: it serves for looking alone.
+    world.ask(&[("mptcp-hook/limit.subflows", "4"), ("mptcp-hook/name", "mail")], &[]).ok();
+    world.remember();
+    for arguments in [&["apply", "mail", "--limit", "subflows=8"][..], &["release", "mail"]] {
+        world.assert_unmoved(&sandbox.hook(arguments), 2, &["annotation", "mail"]);
+    }
+    assert!(sandbox.hook(&["status", "mail"]).ok().contains("mail"));
+    sandbox.hook(&["release", world.web.id()]).ok();
+}
+
+/// An id that is a name stands for itself alone, whatever it begins with; one that an engine made up can be shortened.
+#[test]
+fn the_beginning_of_a_name_is_no_containers_name() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    let archive = world.web.id();
+    world.web.oci(&["--limit", "subflows=5"]).ok();
+    let with = sandbox.sh_in(&world.web.netns(), "ip mptcp limits show");
+    let beginning = &archive[..archive.len() - 1];
+    for arguments in
+        [&["release", beginning][..], &["apply", beginning, "--limit", "subflows=8"], &["status", beginning]]
+    {
+        let outcome = sandbox.hook(arguments);
+        assert_eq!(outcome.code, Some(2), "{outcome}");
+        assert!(outcome.stderr.contains("knows no container"), "{outcome}");
+        assert_eq!(sandbox.sh_in(&world.web.netns(), "ip mptcp limits show"), with);
+        assert_eq!(sandbox.status_of(archive)["live"], true);
+    }
+    let made_up = "4f".repeat(32);
+    let engines = Bare::new(&sandbox, "engines");
+    let mut state = engines.state();
+    state["id"] = json!(made_up);
+    sandbox.hook_with_input(&["oci", "--limit", "subflows=5"], state.to_string().as_bytes()).ok();
+    assert!(sandbox.hook(&["status", &made_up[..12]]).ok().contains(&made_up[..12]));
+    sandbox.hook(&["apply", &made_up[..12], "--limit", "subflows=6"]).ok();
+    assert!(sandbox.sh_in(&engines.netns(), "ip mptcp limits show").contains("subflows 6"));
+    sandbox.hook(&["release", &made_up[..12]]).ok();
+    world.release();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// Two containers of one id, and a third whose id is the name of another's record: what the message says tells them apart,
+/// also the dead ones, which nothing else can name.
+#[test]
+fn containers_of_one_id_are_told_apart_by_their_records_names() {
+    let sandbox = Sandbox::new();
+    let start = |what: &str, id: Option<&str>| {
+        let container = Bare::new(&sandbox, what);
+        let mut state = container.state();
+        if let Some(id) = id {
+            state["id"] = json!(id);
+        }
+        sandbox.hook_with_input(&["oci", "--limit", "subflows=4"], state.to_string().as_bytes()).ok();
+        container
+    };
+    let limits = |container: &Bare| sandbox.sh_in(&container.netns(), "ip mptcp limits show");
+    let first = start("first", None);
+    let mut twin = start("twin", Some(first.id()));
+    // The names of records that a refusal lists, by the container's bundle.
+    let listed = |target: &str| {
+        let outcome = sandbox.hook(&["release", target]);
+        assert_eq!(outcome.code, Some(2), "{outcome}");
+        let words: Vec<String> = outcome.stderr.split_whitespace().map(String::from).collect();
+        move |bundle: &str| {
+            let place = words.iter().position(|word| word.contains(&format!("{bundle}.bundle)")));
+            words[place.unwrap_or_else(|| panic!("{bundle} is not in {words:?}")) - 1].clone()
+        }
+    };
+    let keys = listed(first.id());
+    let (of_first, of_twin) = (keys("first"), keys("twin"));
+    for verb in ["status", "doctor"] {
+        for key in [&of_first, &of_twin] {
+            let outcome = sandbox.hook(&[verb, key]);
+            assert!(outcome.stderr.is_empty() && outcome.stdout.contains(first.id()), "{outcome}");
+        }
+    }
+    sandbox.hook(&["apply", &of_twin, "--limit", "subflows=6"]).ok();
+    assert!(limits(&twin).contains("subflows 6") && limits(&first).contains("subflows 4"));
+
+    let imitator = start("imitator", Some(&of_twin));
+    let keys = listed(&of_twin);
+    assert_eq!(keys("twin"), of_twin);
+    sandbox.hook(&["release", &keys("imitator")]).ok();
+    assert!(limits(&imitator).contains("subflows 2") && limits(&twin).contains("subflows 6"));
+
+    twin.kill();
+    sandbox.hook(&["release", &of_twin]).ok();
+    assert!(limits(&first).contains("subflows 4"));
+    sandbox.hook(&["release", first.id()]).ok();
+    assert!(limits(&first).contains("subflows 2"));
+    sandbox.assert_ledger_is_empty();
+}
+
 // --- what the README promises ---------------------------------------------------------------------------------------
 
 /// Each test that the README names as a promise's proof is there, and one of those that every run must pass.

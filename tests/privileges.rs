@@ -11,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use common::*;
@@ -21,10 +21,10 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// How long a hook may take to get to where it is held, or to its end.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
-/// CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN (`include/uapi/linux/capability.h`).
-const WORKING: u64 = 1 << 2 | 1 << 12 | 1 << 19 | 1 << 21;
+/// CAP_DAC_READ_SEARCH, CAP_NET_BROADCAST, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN (`include/uapi/linux/capability.h`).
+const WORKING: u64 = 1 << 2 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21;
 
 /// An ordinary user, for rootless containers.
 const USER: &str = "61235";
@@ -85,8 +85,8 @@ impl Rights {
 
 /// A hook that waits for something. Dropping it ends it.
 struct Held {
-    /// nsenter(1), which waits for the program in the sandbox.
-    child: Child,
+    /// The hook, or the program that starts it.
+    child: Process,
     pid: i32,
 }
 
@@ -99,8 +99,9 @@ impl Held {
 
     fn start_program(sandbox: &Sandbox, argv: &[&str], streams: [Stdio; 3]) -> Self {
         let [stdin, stdout, stderr] = streams;
-        let mut command = sandbox.command_in(&Netns::Host, argv);
-        let child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().expect("starting the hook");
+        let child = sandbox.start_in(&sandbox.open_netns(&Netns::Host), argv, |command| {
+            command.stdin(stdin).stdout(stdout).stderr(stderr);
+        });
         let mut held = Self { child, pid: 0 };
         held.pid = wait_for("the hook's process", LIMIT, || find_hook(held.child.id() as i32));
         held.wait_asleep();
@@ -163,22 +164,21 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            // nsenter ends with its program.
-            let end = if self.pid == 0 { self.child.id() as i32 } else { self.pid };
-            let _ = kill(Pid::from_raw(end), Signal::SIGKILL);
-            let _ = self.child.wait();
+        // What started it is ended after it.
+        if matches!(self.child.try_wait(), Ok(None)) && self.pid != 0 {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         }
     }
 }
 
-/// The process below `parent` that runs the hook by now.
-fn find_hook(parent: i32) -> Option<i32> {
-    let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find_map(|pid| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        if name.trim() == "mptcp-hook" { Some(pid) } else { find_hook(pid) }
-    })
+/// The process that runs the hook by now: `pid`, or one below it.
+fn find_hook(pid: i32) -> Option<i32> {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    if name.trim() == "mptcp-hook" {
+        return Some(pid);
+    }
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find_map(find_hook)
 }
 
 /// A stream that takes nothing until it is read.

@@ -265,6 +265,23 @@ fn repair_leaves_what_a_newer_version_wrote() {
     world.leave(vec![first, second]);
 }
 
+/// A format from before the first one that there is: named as such, and out of the way after a repair.
+#[test]
+fn a_record_of_an_older_version_is_named_and_moved_aside() {
+    let world = World::new();
+    let (first, second) = (world.holder("first", 1), world.holder("second", 1));
+    let record = world.record(&first);
+    world.write(&record, "{\"version\":0,\"id\":\"first\"}");
+    let problems = world.problems(1);
+    assert!(problems.contains(&record) && problems.contains("version 0; 1 is the oldest"), "{problems}");
+    let said = world.ask(&first, 1).fails_with(1);
+    assert!(said.contains(&record) && said.contains("mptcp-hook repair"), "{said}");
+    world.repair(&[&record, "moved to"]);
+    world.ask(&first, 1).ok();
+    world.assert_page(&world.another(1), &[&second, &first]);
+    world.leave(vec![first, second]);
+}
+
 #[test]
 fn repair_removes_what_killed_writers_left() {
     let world = World::new();
@@ -315,6 +332,41 @@ fn repair_keeps_a_bounded_number_of_damaged_files() {
     assert_eq!(sandbox.status()["problems"], json!([]));
 }
 
+/// Whatever has become of a history, what can be read of it is shown, and what happens next is recorded.
+#[test]
+fn a_damaged_history_loses_its_damaged_lines_alone() {
+    let sandbox = Sandbox::new();
+    sandbox.policy("[annotations]\ninterfaces = []\n");
+    let refuse = |what: &str| {
+        let container = Bare::new(&sandbox, what).annotation("mptcp-hook/interface.eth1", "backup");
+        container.oci(&[]).fails_with(3);
+        container.id().to_owned()
+    };
+    let shown = || -> Vec<String> {
+        let conflicts = sandbox.conflicts();
+        conflicts.iter().map(|conflict| conflict["container"].as_str().expect("an id").to_owned()).collect()
+    };
+    let (first, file) = (refuse("first"), format!("{STATE}/conflicts"));
+    // A disk was full in the middle of a line, and somebody has written what is no text.
+    sandbox.sh(&format!("printf '{{\"time\":17,\"contai' >>{file}"));
+    let second = refuse("second");
+    sandbox.sh(&format!("printf '\\377\\376\\n{{}}\\n' >>{file}"));
+    let third = refuse("third");
+    assert_eq!(shown(), [&first, &second, &third].map(String::clone));
+    assert_eq!(sandbox.status()["problems"], json!([]));
+    // What is no plain file stops what it would have to record, is named, and repair moves it aside.
+    sandbox.sh(&format!("mv {file} /run/real; ln -s /run/real {file}"));
+    let said = Bare::new(&sandbox, "fourth").annotation("mptcp-hook/interface.eth1", "backup").oci(&[]).fails_with(3);
+    assert!(said.contains("could not be recorded") && said.contains(&file), "{said}");
+    let problems = sandbox.status()["problems"].to_string();
+    assert!(problems.contains(&file) && problems.contains("mptcp-hook repair"), "{problems}");
+    let said = sandbox.hook(&["repair"]);
+    assert!(said.stderr.contains(&file) && said.stderr.contains("moved to"), "{said}");
+    said.ok();
+    let fifth = refuse("fifth");
+    assert_eq!(shown(), [fifth]);
+}
+
 #[test]
 fn repair_waits_for_locks_until_the_deadline() {
     let world = World::new();
@@ -322,7 +374,7 @@ fn repair_waits_for_locks_until_the_deadline() {
     let only = world.holder("only", 1);
     let lock = format!("{STATE}/locks/setting:net~core~rmem_max");
     let held = world.sandbox.spawn(&["flock", "--no-fork", &lock, "sleep", "1000"]);
-    wait_until("the lock", std::time::Duration::from_secs(5), || {
+    wait_until("the lock", std::time::Duration::from_secs(30), || {
         world.sandbox.run(&["flock", "--nonblock", &lock, "true"]).code != Some(0)
     });
     let said = world.sandbox.hook(&["repair"]).fails_with(1);

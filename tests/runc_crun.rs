@@ -6,16 +6,17 @@
 mod common;
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use common::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 with_each_runtime! {
     prestart_upstream_backup_join_traffic_failover,
     createruntime_upstream_backup_join_traffic_failover,
     createruntime_ipv6_in_a_namespace_of_the_runtime,
     createcontainer_works_in_the_containers_namespace,
+    createcontainer_works_without_a_pid_namespace,
+    createcontainer_in_the_hosts_namespace_is_refused,
     poststart_twice_changes_nothing,
     createruntime_signal_server_announces_its_backup_address,
     createruntime_two_entries_that_agree_are_merged,
@@ -90,7 +91,7 @@ fn createruntime_ipv6_in_a_namespace_of_the_runtime(runtime: Runtime) {
         "fd00:2::2".parse::<IpAddr>().expect("an address"),
         &["backup", "subflow"],
     );
-    let mut transfer = container.send(paths.address6(), 8_000_000, Some(4_000_000));
+    let mut transfer = container.send(paths.address6(), 8_000_000, Some(2_000_000));
     transfer.wait_sent(1_000_000);
     let join = capture.wait_join("eth1");
     assert_eq!((join.source, join.backup), ("fd00:2::2".parse().expect("an address"), true));
@@ -106,6 +107,20 @@ fn createruntime_ipv6_in_a_namespace_of_the_runtime(runtime: Runtime) {
 
 /// There the state's pid is 1 or 0 and means nothing, and on runc without `env` the environment is the container's.
 fn createcontainer_works_in_the_containers_namespace(runtime: Runtime) {
+    createcontainer_works(runtime, |_| {});
+}
+
+/// As with `--pid=host`: the state's pid (runc) is the host's own number for the container's init, or 0 (crun).
+fn createcontainer_works_without_a_pid_namespace(runtime: Runtime) {
+    createcontainer_works(runtime, |config| drop_namespace(config, "pid"));
+}
+
+fn drop_namespace(config: &mut Value, kind: &str) {
+    let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces is a list");
+    namespaces.retain(|namespace| namespace["type"] != kind);
+}
+
+fn createcontainer_works(runtime: Runtime, edit: impl FnOnce(&mut Value)) {
     let sandbox = Sandbox::new();
     let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
     let _server = Server::start(&sandbox, paths.server());
@@ -117,19 +132,45 @@ fn createcontainer_works_in_the_containers_namespace(runtime: Runtime) {
         .annotation("mptcp-hook/interface.eth1", "backup")
         .edit(|config| {
             config["process"]["env"] = json!(["PATH=/bin:/", "LD_PRELOAD=/tmp/evil.so", "RUST_LOG=trace"]);
+            edit(config);
         })
         .start(runtime);
 
     assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     assert_eq!(sandbox.endpoints(&Netns::Host), []);
     assert_eq!(sandbox.status_of(container.id())["pid"], container.pid());
-    let report = container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    let report = container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
     assert!(report.mptcp);
     assert!(capture.wait_join("eth1").backup);
 
     container.delete();
     sandbox.assert_ledger_is_empty();
     assert_eq!(sandbox.endpoints(&container_netns()), []);
+}
+
+/// Also where a path in the bundle leads there, with a pid namespace and without.
+fn createcontainer_in_the_hosts_namespace_is_refused(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    sandbox.sh("ip link add eth1 type veth peer name far; ip addr add 10.0.2.2/24 dev eth1; ip link set eth1 up");
+    sandbox.sh("touch /run/netns/own; mount --bind /proc/self/ns/net /run/netns/own");
+    for by_path in [false, true] {
+        for pid_namespace in [true, false] {
+            let bundle = Bundle::new(&sandbox, "hostnet").mptcp_hook(Stage::CreateContainer);
+            let bundle = if by_path { bundle.in_netns("own") } else { bundle.in_host_netns() };
+            let bundle = bundle.edit(|config| {
+                if !pid_namespace {
+                    drop_namespace(config, "pid");
+                }
+            });
+            let message = bundle.annotation("mptcp-hook/interface.eth1", "backup").refused(runtime);
+            assert!(
+                message.contains("mptcp-hook: ") && message.contains("the host's"),
+                "{by_path} {pid_namespace}: {message}"
+            );
+            assert_eq!(sandbox.endpoints(&Netns::Host), [], "{by_path} {pid_namespace}");
+            sandbox.assert_ledger_is_empty();
+        }
+    }
 }
 
 /// createRuntime has applied it; two poststart entries and two more calls find everything as it should be.
@@ -181,9 +222,10 @@ fn createruntime_signal_server_announces_its_backup_address(runtime: Runtime) {
     let port = traffic::PORT.to_string();
     let server = Server::attach(container.exec(&[traffic::PROGRAM, "serve", "--port", &port]));
     let first_address = IpAddr::from([10, 0, 1, 2]);
-    let report = Sender::start(&sandbox, paths.server(), first_address, 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    let report =
+        Sender::start(&sandbox, paths.server(), first_address, 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
     assert!(report.mptcp);
-    assert_eq!(server.received(), ["received 5000000 bytes mptcp=yes subflows=2"]);
+    assert_eq!(server.wait_received(1), ["received 5000000 bytes mptcp=yes subflows=2"]);
     let packets = capture.packets();
     let from_container = |packet: &&Packet| !packet.outgoing;
     let announced = packets.iter().filter(from_container).flat_map(|packet| &packet.options);
@@ -327,13 +369,13 @@ fn createruntime_missing_route_is_said_and_mended(runtime: Runtime) {
     assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "missing");
     let log = journal.entries().join("\n");
     assert!(log.contains("eth1") && log.contains("route"), "the journal has: {log}");
-    container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
     assert_eq!(capture.joins(), []);
 
     sandbox.sh_in(&container_netns(), "ip route add default via 10.0.2.1 dev eth1 metric 200");
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
     assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "ok");
-    container.send(paths.address(), 5_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
     assert!(capture.wait_join("eth1").backup);
 
     container.delete();
@@ -411,7 +453,7 @@ fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
     let capture = Capture::start(&sandbox, paths.server());
     let bundle = Bundle::new(&sandbox, "live").in_netns("ctr").mptcp_hook(Stage::CreateRuntime);
     let container = bundle.annotation("mptcp-hook/interface.eth1", "backup").start(runtime);
-    let mut transfer = container.send(paths.address(), 60_000_000, Some(RATE));
+    let mut transfer = container.send(paths.address(), 60_000_000, Some(6_000_000));
     transfer.wait_sent(1_000_000);
     assert!(capture.wait_join("eth1").backup);
     assert_eq!(capture.prios(), []);
@@ -423,7 +465,7 @@ fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
         let seen = capture.prios().len();
         sandbox.hook(&["apply", container.id(), "--interface", wish]).ok();
         assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], names);
-        let prio = wait_for("an MP_PRIO option", Duration::from_secs(5), || capture.prios().get(seen).cloned());
+        let prio = wait_for("an MP_PRIO option", ENGINE_LIMIT, || capture.prios().get(seen).cloned());
         assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
     }
@@ -446,9 +488,7 @@ fn poststop_after_the_container_was_killed(runtime: Runtime) {
         .annotation("mptcp-hook/sysctl.net.mptcp.stale_loss_cnt", "3")
         .start(runtime);
     sandbox.sh(&format!("kill -9 {}", container.pid()));
-    wait_until("the end of the container's process", Duration::from_secs(5), || {
-        container.state()["status"] == "stopped"
-    });
+    wait_until("the end of the container's process", ENGINE_LIMIT, || container.state()["status"] == "stopped");
     assert_eq!(sandbox.status_of(container.id())["live"], false);
 
     container.delete();

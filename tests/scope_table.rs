@@ -1,12 +1,15 @@
 //! The table of settings that belong to a network namespace, held against this machine's kernel: every key that the
 //! table claims and that can be written in a fresh namespace is written there, and the host's value must not follow.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use common::expectations::{RMEM_IN_NAMESPACES_SINCE, Running};
 use mptcp_hook::kernel::sysctl::look;
 use mptcp_hook::kernel::{Kind, Seen, SeenSetting};
 use mptcp_hook::ledger::record::Scope;
@@ -163,6 +166,7 @@ fn what_the_table_gives_to_the_namespace_never_reaches_the_host() {
 /// a write bit, or the table does not know it.
 #[test]
 fn the_scope_of_every_key_is_what_the_kernel_shows() {
+    let kernel = Running::look();
     let namespaces = Namespaces::new();
     let home = keys();
     let fresh = namespaces.in_fresh(keys);
@@ -172,7 +176,10 @@ fn the_scope_of_every_key_is_what_the_kernel_shows() {
         let readable = |there: bool| !there || read(key).is_some();
         if !readable(home.contains(key)) || !namespaces.in_fresh(|| readable(fresh.contains(key))) {
             // Write-only ones (net/ipv4/route/flush) could not be checked after writing.
-            assert!(scope::of(&setting(key), Kind::Upstream, "6.18", &seen).is_err(), "{key} cannot be read: {seen:?}");
+            assert!(
+                scope::of(&setting(key), Kind::Upstream, &kernel.release, &seen).is_err(),
+                "{key} cannot be read: {seen:?}"
+            );
             continue;
         }
         let (expected, list) = if !fresh.contains(key) {
@@ -184,13 +191,13 @@ fn the_scope_of_every_key_is_what_the_kernel_shows() {
         } else {
             (Scope::Host, &mut unknown)
         };
-        assert_eq!(scope::of(&setting(key), Kind::Upstream, "6.18", &seen), Ok(expected), "{key}: {seen:?}");
+        assert_eq!(scope::of(&setting(key), Kind::Upstream, &kernel.release, &seen), Ok(expected), "{key}: {seen:?}");
         list.push(key.as_str());
     }
     for (key, list) in [
         ("net/core/netdev_max_backlog", &absent),
         ("net/ipv4/tcp_mem", &absent),
-        ("net/core/rmem_max", &read_only),
+        ("net/core/rmem_max", if kernel.has(RMEM_IN_NAMESPACES_SINCE) { &read_only } else { &absent }),
         ("net/ipv4/tcp_allowed_congestion_control", &read_only),
         ("net/mptcp/enabled", &own),
         ("net/ipv4/tcp_rmem", &own),
@@ -223,7 +230,8 @@ fn a_key_that_is_nowhere_is_an_error() {
         let key = SettingKey::sysctl(key).expect("a well-formed key");
         let seen = SeenSetting { host: look(&key), target: look(&key) };
         assert_eq!(seen.host, Seen::Absent, "{key}");
-        let error = scope::of(&key, Kind::Upstream, "6.18", &seen).expect_err("a key that does not exist");
+        let error =
+            scope::of(&key, Kind::Upstream, &Running::look().release, &seen).expect_err("a key that does not exist");
         assert!(error.contains(says), "{error}");
     }
 }

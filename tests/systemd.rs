@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::*;
 use serde_json::Value;
@@ -193,6 +193,61 @@ fn systemd_starts_the_agent_by_the_shipped_units_and_keeps_it() {
     assert_eq!(b.agents(), Vec::<String>::new());
     let failed = b.run(&["systemctl", "--failed", "--plain", "--no-legend"]).ok();
     assert_eq!(failed, "", "{:#?}", journal.entries());
+}
+
+/// The path unit starts its service again for as long as somebody is listed: the service must not end while an agent that was
+/// started by hand has what it came for.
+#[test]
+fn systemd_has_its_agent_wait_for_the_end_of_one_by_hand() {
+    let s = Sandbox::new();
+    let journal = Journal::listen(&s);
+    let b = Booted::new(&s);
+    let _by_hand = s.spawn(&b.argv(&["mptcp-hook", "agent"]));
+    let announced = || {
+        let file = std::fs::read(s.outside("/run/mptcp-hook/agent")).ok()?;
+        let file: Value = serde_json::from_slice(&file).ok()?;
+        file["pid"].as_u64().map(|pid| pid.to_string())
+    };
+    let first = wait_for("the agent by hand", LIMIT, announced);
+    b.run(&["systemctl", "enable", "--now", "mptcp-hook-agent.path"]).ok();
+    let (_one, one) = b.container();
+    b.apply("one", &one);
+    let main_pid = || b.run(&["systemctl", "show", "--property=MainPID", "--value", "mptcp-hook-agent.service"]).ok();
+    let started = || {
+        wait_for("the service", LIMIT, || {
+            let pid = main_pid();
+            (pid != "0" && b.agents().contains(&pid)).then_some(pid)
+        })
+    };
+
+    // It is started once, and stays.
+    let waiting = started();
+    assert_ne!(waiting, first);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(4) {
+        assert_eq!(main_pid(), waiting, "started again: {:#?}", journal.entries());
+        let path = b.run(&["systemctl", "is-active", "mptcp-hook-agent.path"]);
+        assert_eq!(path.stdout.trim(), "active", "{path}");
+        pause_since(begin);
+    }
+    let said: Vec<_> = journal.entries().into_iter().filter(|entry| entry.contains("an agent runs already")).collect();
+    assert!(said.len() == 1 && said[0].contains(&format!("(pid {first})")), "{said:?}");
+    b.ip(&one, "address add 10.0.1.2/24 dev eth1");
+    b.wait_for_endpoint(&one, "10.0.1.2");
+
+    // It can be stopped, which changes nothing for the other one.
+    b.run(&["systemctl", "stop", "mptcp-hook-agent.path", "mptcp-hook-agent.service"]).ok();
+    assert_eq!(b.agents(), [first.as_str()]);
+    b.run(&["systemctl", "start", "mptcp-hook-agent.path"]).ok();
+    let waiting = started();
+
+    // And it takes over.
+    b.run(&["kill", "-KILL", &first]).ok();
+    wait_until("the agent of the service", LIMIT, || announced().as_ref() == Some(&waiting));
+    b.ip(&one, "address del 10.0.1.2/24 dev eth1");
+    b.ip(&one, "address add 10.0.1.3/24 dev eth1");
+    b.wait_for_endpoint(&one, "10.0.1.3");
+    assert_eq!(main_pid(), waiting);
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! Containers without a runtime: a process in a network namespace, and the state that a runtime would write for it.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::sandbox::{Netns, Outcome, Running, Sandbox};
-use super::{wait_for, wait_until};
+use super::enter::{self, Process};
+use super::sandbox::{Netns, Outcome, Sandbox};
+use super::wait_until;
 
 /// How long a process may take to start or end.
-const PROCESS_LIMIT: Duration = Duration::from_secs(10);
+const PROCESS_LIMIT: Duration = Duration::from_secs(30);
 
 /// A sleeping process as a container.
 pub struct Bare<'a> {
@@ -19,31 +21,30 @@ pub struct Bare<'a> {
     bundle: PathBuf,
     annotations: Value,
     /// Ends the process when it is dropped.
-    process: Option<Running>,
+    process: Option<Process>,
 }
 
 impl<'a> Bare<'a> {
     /// A process in a new, empty network namespace.
     pub fn new(sandbox: &'a Sandbox, what: &str) -> Self {
-        Self::start(sandbox, what, &Netns::Host, &["unshare", "--net"])
+        Self::start(sandbox, what, None)
     }
 
     /// A process in the namespace `netns`.
     pub fn in_netns(sandbox: &'a Sandbox, what: &str, netns: &Netns) -> Self {
-        Self::start(sandbox, what, netns, &[])
+        Self::start(sandbox, what, Some(netns))
     }
 
-    fn start(sandbox: &'a Sandbox, what: &str, netns: &Netns, before: &[&str]) -> Self {
-        let program = ["sh", "-c", "echo $$; exec sleep 1000"];
-        let process = sandbox.spawn_in(netns, &[before, &program].concat());
-        let pid = wait_for("the pid of a process", PROCESS_LIMIT, || {
-            let out = process.stdout();
-            out.ends_with('\n').then(|| out.trim().parse().expect("a pid"))
+    fn start(sandbox: &'a Sandbox, what: &str, netns: Option<&Netns>) -> Self {
+        let network = netns.map_or_else(enter::new_network, |netns| sandbox.open_netns(netns));
+        let process = sandbox.start_in(&network, &["sleep", "1000"], |command| {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
         });
+        let pid = process.inner_pid();
         let id = sandbox.name(what);
         let bundle = sandbox.dir().join(format!("{id}.bundle"));
         std::fs::create_dir_all(&bundle).expect("the bundle's directory");
-        if let Netns::Named(_) = netns {
+        if let Some(netns @ Netns::Named(_)) = netns {
             // As an engine does that made the namespace: it outlives the process, and poststop finds it by this.
             let config = json!({ "linux": { "namespaces": [{ "type": "network", "path": netns.path() }] } });
             std::fs::write(bundle.join("config.json"), config.to_string()).expect("writing config.json");

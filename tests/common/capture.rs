@@ -4,7 +4,6 @@
 //! flush, and it counts what the kernel had to drop.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +18,7 @@ use nix::sys::socket::{
 };
 
 use super::sandbox::{Netns, Sandbox};
-use super::wait_for;
+use super::{wait_for, wait_until};
 
 /// The number of MPTCP among TCP's options.
 const OPTION_MPTCP: u8 = 30;
@@ -106,8 +105,7 @@ pub struct Capture {
 impl Capture {
     /// Starts to record everything that `netns` sends and receives, on all of its interfaces.
     pub fn start(sandbox: &Sandbox, netns: &Netns) -> Self {
-        let path = sandbox.netns_path(netns);
-        let namespace = File::open(&path).unwrap_or_else(|e| panic!("opening {}: {e}", path.display()));
+        let namespace = sandbox.open_netns(netns);
         let packets = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
         let (ready, opened) = mpsc::channel();
@@ -131,6 +129,9 @@ impl Capture {
     pub fn packets(&self) -> Vec<Packet> {
         let dropped = dropped_packets(&self.socket);
         assert_eq!(dropped, 0, "the capture lost packets");
+        // What has come is all recorded when the socket holds nothing and the reader is not busy with what it took.
+        let waits = || poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], 0u16).unwrap_or(0) != 0;
+        wait_until("an end of the packets", Duration::from_secs(30), || !waits());
         self.packets.lock().expect("the reader does not panic").clone()
     }
 
@@ -142,7 +143,7 @@ impl Capture {
     /// The MP_JOIN SYN that came from, or went to, `interface`; waits for it.
     #[track_caller]
     pub fn wait_join(&self, interface: &str) -> Join {
-        wait_for("an MP_JOIN SYN", Duration::from_secs(10), || {
+        wait_for("an MP_JOIN SYN", Duration::from_secs(30), || {
             self.joins().into_iter().find(|join| join.interface == interface)
         })
     }
@@ -211,6 +212,7 @@ fn read_packets(socket: &OwnedFd, packets: &Mutex<Vec<Packet>>, stop: &AtomicBoo
         if poll(&mut ready, 20u16).unwrap_or(0) == 0 {
             continue;
         }
+        let mut packets = packets.lock().expect("nobody panics with the lock");
         while let Ok((length, Some(link))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) {
             let Some(packet) = decode(&buffer[..length]) else {
                 continue;
@@ -218,7 +220,7 @@ fn read_packets(socket: &OwnedFd, packets: &Mutex<Vec<Packet>>, stop: &AtomicBoo
             let index = link.ifindex() as u32;
             let interface = names.entry(index).or_insert_with(|| interface_name(index)).clone();
             let outgoing = i32::from(link.pkttype()) == i32::from(libc::PACKET_OUTGOING);
-            packets.lock().expect("nobody panics with the lock").push(Packet { interface, outgoing, ..packet });
+            packets.push(Packet { interface, outgoing, ..packet });
         }
     }
 }

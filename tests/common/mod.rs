@@ -3,14 +3,21 @@
 //! | module | what it gives |
 //! |---|---|
 //! | [`sandbox`] | [`Sandbox`]: private namespaces in which runtimes and the hook run and which vanish with their last process |
+//! | [`enter`] | [`Namespaces`]: programs started in other namespaces, and ended with what started them |
 //! | [`bare`] | [`Bare`]: a process in a namespace and the state of a container for it, without a runtime |
 //! | [`paths`] | [`TwoPaths`]: a server namespace joined to a container by two links, either of which can be cut |
+//! | [`world`] | [`World`]: a [`Bare`] container on [`TwoPaths`] |
 //! | [`proof`] | what every runtime has to show of a backup path, in `status`, in the kernel and on the wire |
 //! | [`oci`] | [`Bundle`], [`Container`]: a `config.json` with hooks, run by crun or runc |
+//! | [`lxc`] | [`Lxc`]: a container by its configuration file |
+//! | [`podman`] | [`Podman`], [`Member`], [`Rootless`]: a podman with the shipped hooks.d file, and its containers |
+//! | [`user`] | a user without rights |
+//! | [`diagnosis`] | [`Diagnosis`]: what `mptcp-hook doctor` found |
 //! | [`traffic`] | [`Server`], [`Sender`]: real Multipath TCP with a known number of bytes |
 //! | [`tracer`] | [`tracer::Launcher`]: programs that are killed at a chosen system call |
 //! | [`capture`] | [`Capture`]: packets as they were on the wire, their MPTCP options decoded |
 //! | [`observe`] | what the kernel, the hook's `status` and its log say |
+//! | [`expectations`] | what each version of the kernel is expected to be like |
 //!
 //! Nothing here trusts what the hook says about itself: endpoints come from ip-mptcp(8), backup bits from packets,
 //! byte counts from the interfaces. Nothing waits for a fixed time: [`wait_for`] polls until a deadline.
@@ -20,13 +27,21 @@
 
 pub mod bare;
 pub mod capture;
+pub mod diagnosis;
+pub mod enter;
+#[path = "../kernels/expectations.rs"]
+pub mod expectations;
+pub mod lxc;
 pub mod observe;
 pub mod oci;
 pub mod paths;
+pub mod podman;
 pub mod proof;
 pub mod sandbox;
 pub mod tracer;
 pub mod traffic;
+pub mod user;
+pub mod world;
 
 use std::fs::File;
 use std::io::Read;
@@ -35,19 +50,36 @@ use std::time::{Duration, Instant};
 
 pub use bare::Bare;
 pub use capture::{Capture, MptcpOption, Packet};
+pub use diagnosis::Diagnosis;
+pub use enter::{Namespaces, Process};
+pub use lxc::{Lxc, Starter, two_bridges};
 pub use observe::{Endpoint, HostValue, Journal};
 pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};
 pub use paths::{TwoPaths, Wiring};
+pub use podman::{BACKUP, DefaultRoute, Member, NETWORKS, Podman, Rootless};
 pub use proof::{RATE, TRANSFER_LIMIT, assert_backup_path, assert_only_endpoint, eth1_of};
 pub use sandbox::{Netns, Outcome, Running, Sandbox};
 pub use traffic::{Sender, Server};
+pub use world::{World, ctr};
 
 /// How the test programs are built: a container's root filesystem has no C library.
 const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo test --target $(rustc --print host-tuple)";
 
+/// How long an engine may take for anything. One that waited for an agent would wait longer.
+pub const ENGINE_LIMIT: Duration = Duration::from_secs(30);
+
 /// The hook under test.
 pub fn hook() -> PathBuf {
     static_program(Path::new(env!("CARGO_BIN_EXE_mptcp-hook")))
+}
+
+/// A copy of the hook that everybody can read: where the tests are built, others need not be able to.
+pub fn readable_hook(sandbox: &Sandbox) -> PathBuf {
+    let program = sandbox.dir().join("mptcp-hook");
+    if !program.exists() {
+        std::fs::copy(hook(), &program).expect("copying the hook");
+    }
+    program
 }
 
 /// The program that moves bytes over Multipath TCP, `examples/mptcp-traffic.rs`.
@@ -81,14 +113,20 @@ pub fn require(program: &str, package: &str) {
 /// Asks `condition` again and again until it gives a value; panics with `what` when `limit` has passed.
 #[track_caller]
 pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + limit;
+    let begin = Instant::now();
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
-        std::thread::sleep(Duration::from_millis(10));
+        assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
+        pause_since(begin);
     }
+}
+
+/// The pause between two looks at what has been waited for since `begin`: short at first, then a tenth of the time, so
+/// that the programs that look do not take the processor from what they wait for.
+pub fn pause_since(begin: Instant) {
+    std::thread::sleep((begin.elapsed() / 10).clamp(Duration::from_millis(10), Duration::from_millis(100)));
 }
 
 /// [`wait_for`] for a plain condition.

@@ -11,13 +11,13 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::sandbox::{Netns, Sandbox};
-use super::wait_for;
+use super::{wait_for, wait_until};
 
 /// Waits for the end of stdin, then brings the value `$2` of `$1` back.
 const RESTORE: &str = r#"read -r end; [ "$(cat "$1")" = "$2" ] || printf '%s\n' "$2" >"$1""#;
 
 /// How long a test waits for the others that need the same value of the machine.
-const LOCK_LIMIT: Duration = Duration::from_secs(120);
+const LOCK_LIMIT: Duration = Duration::from_secs(900);
 
 /// An endpoint of the in-kernel path manager, as ip-mptcp(8) shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,14 +61,15 @@ impl Sandbox {
 
     /// The value of a sysctl, in slash form, in a namespace; none if there is no such key.
     pub fn sysctl(&self, netns: &Netns, key: &str) -> Option<String> {
-        let outcome = self.run_in(netns, &["cat", &format!("/proc/sys/{key}")]);
-        (outcome.code == Some(0)).then(|| outcome.stdout.trim().to_owned())
+        let value = self.inside(netns, || std::fs::read_to_string(format!("/proc/sys/{key}")));
+        value.ok().map(|value| value.trim().to_owned())
     }
 
     /// The byte counters of an interface of a namespace.
     #[track_caller]
     pub fn counters(&self, netns: &Netns, interface: &str) -> Counters {
-        let table = self.run_in(netns, &["cat", "/proc/net/dev"]).ok();
+        let table = self.inside(netns, || std::fs::read_to_string("/proc/thread-self/net/dev"));
+        let table = table.expect("the namespace's interfaces");
         let line = table
             .lines()
             .find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'))
@@ -76,6 +77,44 @@ impl Sandbox {
         let numbers: Vec<u64> = line.split_whitespace().map(|n| n.parse().expect("a counter")).collect();
         // Eight columns of what was received, then eight of what was sent, each beginning with the bytes.
         Counters { received: numbers[0], sent: numbers[8] }
+    }
+
+    /// The interfaces of a namespace that have an IPv6 address which is tentative still.
+    pub fn tentative(&self, netns: &Netns) -> Vec<String> {
+        /// IFA_F_TENTATIVE.
+        const TENTATIVE: u8 = 0x40;
+        let table = self.inside(netns, || std::fs::read_to_string("/proc/thread-self/net/if_inet6"));
+        // Address, interface index, length of the prefix, scope, flags, name.
+        let lines =
+            table.as_deref().unwrap_or_default().lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let is_tentative = |fields: &Vec<&str>| u8::from_str_radix(fields[4], 16).expect("flags") & TENTATIVE != 0;
+        lines.filter(is_tentative).map(|fields| fields[5].to_owned()).collect()
+    }
+
+    /// Waits until a namespace's links are up and its IPv6 addresses have proved themselves: the kernel puts routes of its
+    /// own by that when it gets to it, and tests compare all routes before with all routes after.
+    #[track_caller]
+    pub fn settle(&self, netns: &Netns) {
+        wait_until("links and addresses that are settled", Duration::from_secs(60), || {
+            let links = self.run_in(netns, &["ip", "-o", "link", "show", "up"]).ok();
+            let addresses = self.run_in(netns, &["ip", "-6", "-o", "address", "show", "up", "-dadfailed"]).ok();
+            // Read last: what the others show has its routes by now or soon.
+            let routes =
+                ["-4", "-6"].map(|f| self.run_in(netns, &["ip", f, "route", "show", "table", "all"]).ok()).join("\n");
+            let has = |start: &str| routes.lines().any(|line| line.starts_with(start));
+            let is_up = |line: &str| {
+                let name = line.split([' ', ':', '@']).filter(|word| !word.is_empty()).nth(1).expect("a link's name");
+                line.contains("LOOPBACK")
+                    || line.contains("state UP") && has(&format!("multicast ff00::/8 dev {name} "))
+            };
+            let is_proved = |line: &str| {
+                let mut words = line.split_whitespace().skip(1);
+                let (name, address) = (words.next().expect("a link"), words.nth(1).expect("an address"));
+                let address = address.split('/').next().expect("an address");
+                !line.contains("tentative") && has(&format!("local {address} dev {name} "))
+            };
+            links.lines().all(is_up) && addresses.lines().all(is_proved) && !routes.contains("linkdown")
+        });
     }
 
     /// `mptcp-hook status --json`.

@@ -13,9 +13,18 @@
 
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use super::expectations::{Kind, Running};
 use super::oci::HookEntry;
 use super::sandbox::{Netns, Sandbox};
+use super::wait_until;
+
+/// How long the kernel may take to notice that a link is up.
+const LINK_LIMIT: Duration = Duration::from_secs(30);
 
 /// How a container is wired to the server.
 #[derive(Clone, Debug)]
@@ -67,17 +76,20 @@ impl Wiring {
         }
     }
 
-    /// A script that wires the network namespace at the path `$1`.
-    fn script(&self, server: &str) -> String {
+    /// What wires the namespace `netns` (a name, or a pid): commands of ip(8) for the server's namespace, and then for
+    /// it. The server's ends are up first, so that no route is ever seen without a carrier.
+    fn commands(&self, netns: &str) -> [String; 2] {
         let n = self.number;
-        let mut inside = String::new();
+        let mut inside = "link set lo up\n".to_owned();
         let mut outside = String::new();
         for (index, interface) in ["eth0", "eth1"].into_iter().enumerate() {
             let path = index + 1;
             let peer = self.server_end(interface);
             let metric = path * 100;
             let default = index == 0 || self.second_route;
-            inside += &format!("link add {interface} type veth peer name {peer} netns {server}\n");
+            // Where both ends have the same index the kernel tells the news of a link once in a second only.
+            let ifindex = 1000 + 2 * usize::from(n) + index;
+            outside += &format!("link add {peer} index {ifindex} type veth peer name {interface} netns {netns}\n");
             outside += &format!("link set {peer} up\n");
             if self.ipv4 {
                 inside += &format!("addr add 10.{n}.{path}.2/24 dev {interface}\n");
@@ -95,11 +107,28 @@ impl Wiring {
                 inside += &format!("route add default via fd00:{n}{path}::1 dev {interface} metric {metric}\n");
             }
         }
-        format!(
-            "nsenter --net=\"$1\" ip -batch - <<'INSIDE'\nlink set lo up\n{inside}INSIDE\n\
-             nsenter --net=/run/netns/{server} ip -batch - <<'OUTSIDE'\n{outside}OUTSIDE\n"
-        )
+        [outside, inside]
     }
+}
+
+/// Waits, in a container's namespace and on a thread of its own, until the kernel has noticed that the links are up and has
+/// given them its own addresses: it does that by itself at some time, and tests compare what was before and after.
+fn wait_for_links() {
+    // /sys shows the links of the namespace that it was mounted in.
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
+    mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).expect("a sysfs");
+    let read = |path: String| std::fs::read_to_string(path).unwrap_or_default();
+    let is_ready = |name: &str| {
+        let by_itself = read(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode")).trim() == "0"
+            && read(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6")).trim() == "0";
+        let addresses = read("/proc/thread-self/net/if_inet6".into());
+        let own =
+            addresses.lines().any(|line| line.starts_with("fe80") && line.split_whitespace().last() == Some(name));
+        read(format!("/sys/class/net/{name}/operstate")).trim() == "up" && (own || !by_itself)
+    };
+    wait_until("links that are up", LINK_LIMIT, || is_ready("eth0") && is_ready("eth1"));
 }
 
 /// The server's side of two paths; see the module's description.
@@ -111,7 +140,7 @@ pub struct TwoPaths<'a> {
 impl<'a> TwoPaths<'a> {
     /// The server namespace `srv`, joined to nothing yet.
     pub fn new(sandbox: &'a Sandbox) -> Self {
-        sandbox.sh("ip netns add srv");
+        sandbox.ip_in(&Netns::Host, "netns add srv");
         Self::serving_in(sandbox, Netns::named("srv"))
     }
 
@@ -122,24 +151,34 @@ impl<'a> TwoPaths<'a> {
     }
 
     fn serving_in(sandbox: &'a Sandbox, server: Netns) -> Self {
-        sandbox.sh_in(
-            &server,
-            "ip link set lo up
-             ip addr add 10.0.0.1/32 dev lo
-             ip addr add fd00::1/128 dev lo nodad
-             for conf in all default; do
-               echo 0 >/proc/sys/net/ipv4/conf/$conf/rp_filter
-               echo 1 >/proc/sys/net/ipv4/conf/$conf/arp_ignore
-             done
-             ip mptcp limits set subflows 8 add_addr_accepted 8",
-        );
-        Self { sandbox, server }
+        sandbox.inside(&server, || {
+            for (key, value) in [("rp_filter", "0"), ("arp_ignore", "1")] {
+                for conf in ["all", "default"] {
+                    let path = format!("/proc/sys/net/ipv4/conf/{conf}/{key}");
+                    std::fs::write(&path, value).unwrap_or_else(|e| panic!("writing {path}: {e}"));
+                }
+            }
+        });
+        let commands = "link set lo up
+                        addr add 10.0.0.1/32 dev lo
+                        addr add fd00::1/128 dev lo nodad";
+        sandbox.ip_in(&server, commands);
+        let paths = Self { sandbox, server };
+        paths.raise_limits(&paths.server);
+        paths
+    }
+
+    /// The highest limits in a namespace, where the kernel has any.
+    pub fn raise_limits(&self, netns: &Netns) {
+        if Running::look().kind == Kind::Upstream {
+            self.sandbox.ip_in(netns, "mptcp limits set subflows 8 add_addr_accepted 8");
+        }
     }
 
     /// A bridge in the server's namespace with `address` (ADDRESS/PREFIX), for an engine to plug containers into.
     pub fn bridge(&self, name: &str, address: &str) {
-        let script = format!("ip link add {name} type bridge; ip addr add {address} dev {name}; ip link set {name} up");
-        self.sandbox.sh_in(&self.server, &script);
+        let commands = format!("link add {name} type bridge\naddr add {address} dev {name}\nlink set {name} up");
+        self.sandbox.ip_in(&self.server, &commands);
     }
 
     /// A server and the namespace `ctr` (/run/netns/ctr) for a container, wired as `wiring` says.
@@ -151,7 +190,7 @@ impl<'a> TwoPaths<'a> {
 
     /// Makes the namespace /run/netns/`name` and joins it to the server `srv`.
     pub fn join_new(&self, wiring: &Wiring, name: &str) -> Netns {
-        self.sandbox.sh(&format!("ip netns add {name}"));
+        self.sandbox.ip_in(&Netns::Host, &format!("netns add {name}"));
         let netns = Netns::named(name);
         self.join(wiring, &netns);
         netns
@@ -159,18 +198,27 @@ impl<'a> TwoPaths<'a> {
 
     /// Joins a namespace to the server `srv`.
     pub fn join(&self, wiring: &Wiring, netns: &Netns) {
-        let script = wiring.script("srv");
-        self.sandbox.run(&["sh", "-ec", &script, "wire", &netns.path()]).ok();
+        let name = match netns {
+            Netns::Host => panic!("the sandbox's own namespace is no container's"),
+            Netns::Named(name) => name.clone(),
+            Netns::Pid(pid) => pid.to_string(),
+        };
+        let [outside, inside] = wiring.commands(&name);
+        self.sandbox.ip_in(&Netns::named("srv"), &outside);
+        self.sandbox.ip_in(netns, &inside);
+        self.sandbox.inside(netns, wait_for_links);
     }
 
     /// An OCI hook that joins the container's own namespace, for runtimes that make it themselves. It has to stand
     /// before the hook under test, as an engine's network set-up does.
     pub fn joining_hook(&self, wiring: &Wiring) -> HookEntry {
         let file = self.sandbox.dir().join(format!("wire-{}", wiring.number));
+        let [outside, inside] = wiring.commands("$pid");
         let script = format!(
             "#!/bin/sh\nset -e\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
-             pid=$(tr -d '\\n' | sed -n 's/.*\"pid\" *: *\\([0-9]*\\).*/\\1/p')\nset -- /proc/$pid/ns/net\n{}",
-            wiring.script("srv")
+             pid=$(tr -d '\\n' | sed -n 's/.*\"pid\" *: *\\([0-9]*\\).*/\\1/p')\n\
+             nsenter --net=/run/netns/srv ip -batch - <<OUTSIDE\n{outside}OUTSIDE\n\
+             nsenter --net=/proc/$pid/ns/net ip -batch - <<INSIDE\n{inside}INSIDE\n"
         );
         std::fs::write(&file, script).expect("writing the wiring hook");
         std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("the wiring hook's mode");
@@ -192,14 +240,26 @@ impl<'a> TwoPaths<'a> {
         IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 1])
     }
 
+    /// Gives the server's side the link address behind `end` for the container's `address`, as a router would know it. A
+    /// strict rp_filter at the container also drops what a foreign address asks by ARP; the kernel then gives up a join
+    /// after three seconds, one that has only begun meanwhile included, and does not try again.
+    #[track_caller]
+    pub fn knows_neighbour(&self, end: &str, container: &Netns, interface: &str, address: IpAddr) {
+        let link = self.sandbox.run_in(container, &["ip", "-o", "link", "show", "dev", interface]).ok();
+        let (_, rest) = link.split_once("link/ether ").expect("a link address");
+        let link_address = rest.split_whitespace().next().expect("a link address");
+        let command = format!("neigh replace {address} lladdr {link_address} dev {end} nud permanent");
+        self.sandbox.ip_in(&self.server, &command);
+    }
+
     /// Takes the server's end of `interface` down: the container sees its carrier go.
     pub fn cut(&self, interface: &str) {
-        self.sandbox.sh_in(&self.server, &format!("ip link set {interface} down"));
+        self.sandbox.ip_in(&self.server, &format!("link set {interface} down"));
     }
 
     /// Takes the server's end of `interface` up again.
     pub fn mend(&self, interface: &str) {
-        self.sandbox.sh_in(&self.server, &format!("ip link set {interface} up"));
+        self.sandbox.ip_in(&self.server, &format!("link set {interface} up"));
     }
 
     /// Bytes that came in at the server over `interface`, headers included.

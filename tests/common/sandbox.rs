@@ -7,39 +7,33 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek};
+use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use super::enter::{self, Namespaces, Process};
 use super::hook;
 
 /// How long a sandbox may take to end its processes and remove its cgroups.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(15);
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a command in a sandbox may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 
-/// The first process, with the kind of network as `$1` and the sandbox's unique string as `$2`: prepares the mounts,
-/// says so, and stays until its stdin ends. Then it ends everything else and removes what outlives the namespaces.
-/// While the shell waits for cat it also reaps the orphans of the runtimes (monitors, containers' inits).
+/// The first process, with the kind of network as `$1` and the sandbox's unique string as `$2`: stays until its stdin
+/// ends. Then it ends everything else and removes what outlives the namespaces. While the shell waits for cat it also
+/// reaps the orphans of the runtimes (monitors, containers' inits).
 const INIT: &str = r#"
-[ "$1" = host-network ] || mount -t sysfs sysfs /sys
-[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/lock /run/netns
-cp -a /etc /run/etc
-rm -rf /run/etc/mptcp-hook
-mount --bind /run/etc /etc
-ip link set lo up
-echo ready
-
 cat >/dev/null
 kill -s KILL -- -1 2>/dev/null || :
 if [ "$1" = host-network ]; then
@@ -47,10 +41,12 @@ if [ "$1" = host-network ]; then
     ip link del "$name" 2>/dev/null || : # gone with its peer
   done
 fi
+[ -n "$(find /sys/fs/cgroup -type d \( -path "*$2*" -o -name libpod_parent -o -name lxc.pivot \) -print -quit 2>/dev/null)" ] || exit 0
 for try in $(seq 100); do
   # A cgroup is busy until its last process is gone.
   find /sys/fs/cgroup -depth -type d \( -path "*$2*" -o -name libpod_parent -o -name lxc.pivot \) -exec rmdir {} + 2>/dev/null || :
-  left=$(find /sys/fs/cgroup -type d -path "*$2*")
+  # Others' come and go meanwhile.
+  left=$(find /sys/fs/cgroup -type d -path "*$2*" 2>/dev/null) || :
   [ -n "$left" ] || exit 0
   sleep 0.05
 done
@@ -124,14 +120,14 @@ impl std::fmt::Display for Outcome {
 /// A started command with its output in files, so that daemons which keep the descriptors open delay nobody.
 pub struct Running {
     command: String,
-    child: Child,
+    process: Process,
     stdout: File,
     stderr: File,
 }
 
 impl Running {
-    fn start(mut command: Command, stdin: Option<&[u8]>) -> Self {
-        let shown = shown(&command);
+    #[track_caller]
+    fn start(sandbox: &Sandbox, netns: &Netns, argv: &[impl AsRef<str>], stdin: Option<&[u8]>) -> Self {
         let stdout = tempfile::tempfile().expect("a file for a command's output");
         let stderr = tempfile::tempfile().expect("a file for a command's output");
         let input = match stdin {
@@ -143,12 +139,12 @@ impl Running {
             }
             None => Stdio::null(),
         };
-        command.stdin(input);
-        command.stdout(stdout.try_clone().expect("a second descriptor of the output"));
-        command.stderr(stderr.try_clone().expect("a second descriptor of the output"));
-        // A process group of its own, so that Ctrl-C leaves the end of it to the sandbox.
-        let child = command.process_group(0).spawn().unwrap_or_else(|e| panic!("starting {shown}: {e}"));
-        Self { command: shown, child, stdout, stderr }
+        let process = sandbox.start_in(&sandbox.open_netns(netns), argv, |command| {
+            command.stdin(input);
+            command.stdout(stdout.try_clone().expect("a second descriptor of the output"));
+            command.stderr(stderr.try_clone().expect("a second descriptor of the output"));
+        });
+        Self { command: shown(argv), process, stdout, stderr }
     }
 
     /// What it has printed on stdout until now.
@@ -161,9 +157,14 @@ impl Running {
         contents(&self.stderr)
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.process.id() as i32), signal).expect("a command that has not ended");
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("waiting for a command").is_none()
+        self.process.try_wait().expect("waiting for a command").is_none()
     }
 
     /// Waits for the end; panics, and ends the command, when `limit` has passed.
@@ -172,7 +173,7 @@ impl Running {
         let deadline = Instant::now() + limit;
         let mut pause = Duration::from_micros(500);
         let status = loop {
-            if let Some(status) = self.child.try_wait().expect("waiting for a command") {
+            if let Some(status) = self.process.try_wait().expect("waiting for a command") {
                 break status;
             }
             if Instant::now() >= deadline {
@@ -190,30 +191,13 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        let Ok(None) = self.child.try_wait() else { return };
-        // nsenter waits for the program and ends with it. Ended first, it would leave the program's remains to the
-        // machine's own init, and the sandbox could not end before that has reaped them.
-        let nsenter = self.child.id();
-        let programs = std::fs::read_to_string(format!("/proc/{nsenter}/task/{nsenter}/children")).unwrap_or_default();
-        let programs: Vec<i32> = programs.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-        for &program in &programs {
-            let _ = kill(Pid::from_raw(program), Signal::SIGKILL);
-        }
-        if programs.is_empty() {
-            let _ = self.child.kill();
-        }
-        let _ = self.child.wait();
-    }
-}
-
-/// Private namespaces; see the module's description.
+/// Private namespaces; see the module's description. What was started in it has to be dropped before it is.
 pub struct Sandbox {
-    /// unshare(1), which holds the namespaces and ends with their first process.
+    /// The first process. The namespaces end with it.
     holder: Child,
     /// The first process ends when this does. Taken by drop.
     lifeline: Option<ChildStdin>,
+    namespaces: Namespaces,
     unique: String,
     counter: Cell<u32>,
     dir: TempDir,
@@ -234,37 +218,19 @@ impl Sandbox {
     fn start(private_network: bool) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         assert!(nix::unistd::geteuid().is_root(), "these tests need root: namespaces, mounts and real containers");
-        for (program, package) in [("unshare", "util-linux"), ("nsenter", "util-linux"), ("ip", "iproute2")] {
-            super::require(program, package);
-        }
+        super::require("ip", "iproute2");
         let dir = tempfile::Builder::new().prefix("mptcp-hook-test.").tempdir().expect("a temporary directory");
         // Readable on the way in: mapped container users have to reach the root filesystem.
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .expect("the mode of a temporary directory");
-        let unique = format!("mh{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let mut holder = Command::new("unshare");
-        holder.args(["--mount", "--pid", "--ipc", "--uts", "--propagation=private", "--fork", "--kill-child"]);
-        holder.arg("--mount-proc");
-        let network = if private_network { "private-network" } else { "host-network" };
-        if private_network {
-            holder.arg("--net");
-        }
-        holder.args(["sh", "-ec", INIT, "sandbox", network, &unique]);
-        // Ctrl-C ends the test, and by that the sandbox, but must not keep it from cleaning up.
-        holder.process_group(0);
-        let mut holder = holder
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("starting unshare");
+        // The letter at the end keeps it from being the beginning of another.
+        let unique = format!("mh{}n{}x", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        // Namespaces belong to threads: this one's end with it, but for the first process that it starts in them.
+        let of_init = unique.clone();
+        let prepared = std::thread::spawn(move || first_process(private_network, &of_init)).join();
+        let mut holder = prepared.expect("preparing a sandbox");
         let lifeline = holder.stdin.take();
-        let mut ready = String::new();
-        let stdout = holder.stdout.take().expect("stdout is a pipe");
-        BufReader::new(stdout).read_line(&mut ready).expect("reading from the sandbox");
-        let mut sandbox = Self { lifeline, unique, counter: Cell::new(0), dir, holder };
-        assert_eq!(ready.trim(), "ready", "the sandbox did not start: {}", sandbox.holder_stderr());
-        sandbox
+        Self { lifeline, unique, counter: Cell::new(0), dir, namespaces: Namespaces::of(holder.id()), holder }
     }
 
     /// What the first process has to say; it must have ended.
@@ -324,15 +290,26 @@ impl Sandbox {
         }
     }
 
-    /// A command line that runs in the sandbox, in its network namespace `netns`.
-    pub fn command_in(&self, netns: &Netns, argv: &[impl AsRef<str>]) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.holder.id().to_string(), "--mount", "--ipc", "--uts"]);
-        command.arg(format!("--pid=/proc/{}/ns/pid_for_children", self.holder.id()));
-        command.arg(format!("--net={}", self.netns_path(netns).display()));
-        command.arg("--");
-        command.args(argv.iter().map(AsRef::as_ref));
-        command
+    /// A network namespace, open.
+    pub fn open_netns(&self, netns: &Netns) -> File {
+        let path = self.netns_path(netns);
+        File::open(&path).unwrap_or_else(|e| panic!("opening {}: {e}", path.display()))
+    }
+
+    /// Its namespaces, opened anew.
+    pub fn namespaces(&self) -> Namespaces {
+        Namespaces::of(self.holder.id())
+    }
+
+    /// Starts a program in the sandbox, in the network namespace `network`, with the streams that `prepare` gives it.
+    #[track_caller]
+    pub fn start_in(&self, network: &File, argv: &[impl AsRef<str>], prepare: impl FnOnce(&mut Command)) -> Process {
+        let mut command = Command::new(argv[0].as_ref());
+        command.args(argv[1..].iter().map(AsRef::as_ref));
+        prepare(&mut command);
+        // A process group of its own, so that Ctrl-C leaves the end of it to the sandbox.
+        let child = self.namespaces.start(command.process_group(0), Some(network));
+        child.unwrap_or_else(|e| panic!("starting {}: {e}", shown(argv))).into()
     }
 
     /// Starts a command in the sandbox and does not wait for it.
@@ -342,7 +319,7 @@ impl Sandbox {
 
     /// [`Sandbox::spawn`] in another of its network namespaces.
     pub fn spawn_in(&self, netns: &Netns, argv: &[impl AsRef<str>]) -> Running {
-        Running::start(self.command_in(netns, argv), None)
+        Running::start(self, netns, argv, None)
     }
 
     /// Runs a command in the sandbox to its end.
@@ -360,7 +337,32 @@ impl Sandbox {
     /// [`Sandbox::run`] with `stdin`.
     #[track_caller]
     pub fn run_with_input(&self, argv: &[impl AsRef<str>], stdin: &[u8]) -> Outcome {
-        Running::start(self.command_in(&Netns::Host, argv), Some(stdin)).wait(COMMAND_LIMIT)
+        self.run_in_with_input(&Netns::Host, argv, stdin)
+    }
+
+    /// [`Sandbox::run_in`] with `stdin`.
+    #[track_caller]
+    pub fn run_in_with_input(&self, netns: &Netns, argv: &[impl AsRef<str>], stdin: &[u8]) -> Outcome {
+        Running::start(self, netns, argv, Some(stdin)).wait(COMMAND_LIMIT)
+    }
+
+    /// ip(8) in a network namespace of the sandbox, with a command in each line; gives its stdout, panics when one fails.
+    #[track_caller]
+    pub fn ip_in(&self, netns: &Netns, commands: &str) -> String {
+        let outcome = self.run_in_with_input(netns, &["ip", "-batch", "-"], commands.as_bytes());
+        assert_eq!(outcome.code, Some(0), "{commands}\n{outcome}");
+        outcome.ok()
+    }
+
+    /// Runs `work` on a thread of its own in a network namespace of the sandbox, where it sees that one's /proc/sys/net,
+    /// /proc/thread-self/net and sockets. Mounts and pids are the test's.
+    pub fn inside<T: Send>(&self, netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = self.open_netns(netns);
+        let enter = move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("entering a network namespace");
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Runs a shell script in the sandbox; gives its stdout, panics when it fails.
@@ -402,8 +404,8 @@ impl Drop for Sandbox {
             }
         };
         if status.is_none() {
+            // Nobody waits for it any longer: it ends when the last process that this test has started in it is reaped.
             let _ = self.holder.kill();
-            let _ = self.holder.wait();
         }
         if !std::thread::panicking() {
             let clean = status.is_some_and(|status| status.success());
@@ -412,11 +414,47 @@ impl Drop for Sandbox {
     }
 }
 
-fn shown(command: &Command) -> String {
-    let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
-    // What stands before the separator is the way into the sandbox, which helps nobody.
-    let start = arguments.iter().position(|a| a == "--").map_or(0, |i| i + 1);
-    arguments[start..].join(" ")
+/// Makes namespaces, prepares their mounts and starts their first process. The thread that runs it is of no further use.
+fn first_process(private_network: bool, unique: &str) -> Child {
+    let mut namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    if private_network {
+        namespaces |= CloneFlags::CLONE_NEWNET;
+    }
+    unshare(namespaces).expect("making namespaces");
+    let mount = |source: &str, target: &str, kind: Option<&str>, flags, data: Option<&str>| {
+        mount(Some(source), target, kind, flags, data).unwrap_or_else(|e| panic!("mounting {source} at {target}: {e}"));
+    };
+    let none = MsFlags::empty();
+    mount("none", "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None);
+    if private_network {
+        mount("sysfs", "/sys", Some("sysfs"), none, None);
+        // The flag of if.h that takes it up; the others stay as they are.
+        std::fs::write("/sys/class/net/lo/flags", "0x1").expect("taking lo up");
+    }
+    if statfs("/sys/fs/cgroup").expect("the cgroups").filesystem_type() != CGROUP2_SUPER_MAGIC {
+        mount("cgroup2", "/sys/fs/cgroup", Some("cgroup2"), none, None);
+    }
+    mount("tmpfs", "/run", Some("tmpfs"), none, Some("mode=755"));
+    for directory in ["/run/lock", "/run/netns"] {
+        std::fs::create_dir(directory).expect("a directory below /run");
+    }
+    let copied = Command::new("cp").args(["-a", "/etc", "/run/etc"]).output().expect("starting cp");
+    assert!(copied.status.success(), "copying /etc: {}", String::from_utf8_lossy(&copied.stderr));
+    let _ = std::fs::remove_dir_all("/run/etc/mptcp-hook");
+    mount("/run/etc", "/etc", None, MsFlags::MS_BIND, None);
+
+    let network = if private_network { "private-network" } else { "host-network" };
+    let mut init = Command::new("sh");
+    init.args(["-ec", INIT, "sandbox", network, unique]);
+    // Ctrl-C ends the test, and by that the sandbox, but must not keep it from cleaning up.
+    init.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    unshare(CloneFlags::CLONE_NEWPID).expect("making a pid namespace");
+    enter::with_proc(&mut init);
+    init.spawn().expect("starting the first process of a sandbox")
+}
+
+fn shown(argv: &[impl AsRef<str>]) -> String {
+    argv.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(" ")
 }
 
 fn contents(file: &File) -> String {

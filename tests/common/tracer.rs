@@ -3,24 +3,19 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use nix::sched::{CloneFlags, setns};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::sandbox::{Netns, Sandbox};
+use super::enter::Namespaces;
+use super::sandbox::Sandbox;
 
-/// The way into a sandbox without nsenter(1): thousands of programs are started by it.
-pub struct Launcher {
-    mount: File,
-    pid: File,
-    own_pid: File,
-}
+/// The way into a sandbox, also for programs that are traced.
+pub struct Launcher(Namespaces);
 
 /// How a program ended.
 #[derive(Debug)]
@@ -45,40 +40,18 @@ pub struct Traced {
 }
 
 impl Launcher {
-    /// Into `sandbox`, in its host's network namespace, which must be the test's own.
+    /// Into `sandbox`, which it may outlive.
     pub fn new(sandbox: &Sandbox) -> Self {
-        let namespace = |name| {
-            let path = sandbox.netns_path(&Netns::Host).with_file_name(name);
-            File::open(&path).unwrap_or_else(|e| panic!("opening {}: {e}", path.display()))
-        };
-        Self {
-            mount: namespace("mnt"),
-            pid: namespace("pid_for_children"),
-            own_pid: File::open("/proc/thread-self/ns/pid_for_children").expect("the test's own pid namespace"),
-        }
+        Self(sandbox.namespaces())
     }
 
     /// Starts a program in the sandbox, in the network namespace `netns` if there is one.
     pub fn spawn(&self, mut command: Command, netns: Option<&File>, traced: bool) -> Child {
-        let copy = |file: &File| file.try_clone().expect("a second descriptor of a namespace");
-        let (mount, netns) = (copy(&self.mount), netns.map(copy));
-        // SAFETY: nothing but system calls on descriptors that live as long as the closure.
-        unsafe {
-            command.pre_exec(move || {
-                setns(mount.as_fd(), CloneFlags::CLONE_NEWNS)?;
-                if let Some(netns) = &netns {
-                    setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
-                }
-                if traced {
-                    ptrace::traceme()?;
-                }
-                Ok(())
-            });
+        if traced {
+            // SAFETY: nothing but a system call.
+            unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
         }
-        // It counts for the children of this thread alone.
-        setns(self.pid.as_fd(), CloneFlags::CLONE_NEWPID).expect("entering the sandbox's pid namespace");
-        let child = command.spawn();
-        setns(self.own_pid.as_fd(), CloneFlags::CLONE_NEWPID).expect("coming back from the sandbox's pid namespace");
+        let child = self.0.start(&mut command, netns);
         child.unwrap_or_else(|e| panic!("starting {command:?} in the sandbox: {e}"))
     }
 

@@ -1,7 +1,9 @@
 //! Real Multipath TCP with a known number of bytes, by `examples/mptcp-traffic.rs`.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
 
 use super::sandbox::{Netns, Running, Sandbox};
 use super::{traffic_program, wait_for};
@@ -13,7 +15,10 @@ pub const PROGRAM: &str = "/mptcp-traffic";
 pub const PORT: u16 = 5000;
 
 /// How long a server may take to start and a connection to show progress.
-const PROGRESS_LIMIT: Duration = Duration::from_secs(10);
+const PROGRESS_LIMIT: Duration = Duration::from_secs(30);
+
+/// After how many seconds a sender ends itself: longer than any test waits, a slow guest's included.
+const SENDER_TIMEOUT: &str = "600";
 
 /// A server that receives, counts and acknowledges until it is dropped.
 pub struct Server {
@@ -23,8 +28,24 @@ pub struct Server {
 impl Server {
     /// Starts a server in `netns` and waits until it listens.
     pub fn start(sandbox: &Sandbox, netns: &Netns) -> Self {
+        Self::with(sandbox, netns, &[])
+    }
+
+    /// A server that hangs up after so many bytes of a connection.
+    pub fn hanging_up_after(sandbox: &Sandbox, netns: &Netns, bytes: u64) -> Self {
+        Self::with(sandbox, netns, &["--bytes", &bytes.to_string()])
+    }
+
+    /// A server that accepts one connection; others wait.
+    pub fn of_one(sandbox: &Sandbox, netns: &Netns) -> Self {
+        Self::with(sandbox, netns, &["--once"])
+    }
+
+    fn with(sandbox: &Sandbox, netns: &Netns, arguments: &[&str]) -> Self {
         let program = traffic_program().display().to_string();
-        Self::attach(sandbox.spawn_in(netns, &[program.as_str(), "serve", "--port", &PORT.to_string()]))
+        let port = PORT.to_string();
+        let argv = [&[program.as_str(), "serve", "--port", &port], arguments].concat();
+        Self::attach(sandbox.spawn_in(netns, &argv))
     }
 
     /// A server that something else started, such as a runtime inside a container.
@@ -36,6 +57,17 @@ impl Server {
         Self { process }
     }
 
+    /// Stops it: what is sent from now on stays unread.
+    pub fn stop_reading(&self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    /// [`Server::received`] when there are as many lines: they can come later than the sender's end.
+    #[track_caller]
+    pub fn wait_received(&self, lines: usize) -> Vec<String> {
+        wait_for("the server's word", PROGRESS_LIMIT, || Some(self.received()).filter(|all| all.len() >= lines))
+    }
+
     /// The lines `received N bytes ...` until now, one per finished connection.
     pub fn received(&self) -> Vec<String> {
         self.process.stdout().lines().filter(|line| line.starts_with("received")).map(str::to_owned).collect()
@@ -45,7 +77,8 @@ impl Server {
 /// The arguments, program first, that send `bytes` to `to`; `rate` in bytes per second.
 pub fn send_arguments(program: &str, to: IpAddr, bytes: u64, rate: Option<u64>) -> Vec<String> {
     let to = SocketAddr::new(to, PORT).to_string();
-    let mut argv = vec![program.to_owned(), "send".to_owned(), to, "--bytes".to_owned(), bytes.to_string()];
+    let bytes = bytes.to_string();
+    let mut argv = [program, "send", &to, "--bytes", &bytes, "--timeout", SENDER_TIMEOUT].map(str::to_owned).to_vec();
     if let Some(rate) = rate {
         argv.extend(["--rate".to_owned(), rate.to_string()]);
     }
@@ -73,9 +106,26 @@ impl Sender {
         Self::attach(sandbox.spawn_in(netns, &send_arguments(&program, to, bytes, rate)))
     }
 
+    /// A client that connects and says nothing.
+    pub fn idle(sandbox: &Sandbox, netns: &Netns, to: IpAddr) -> Self {
+        let program = traffic_program().display().to_string();
+        let hold = ["--hold", SENDER_TIMEOUT].map(str::to_owned);
+        let mut sender =
+            Self::attach(sandbox.spawn_in(netns, &[&send_arguments(&program, to, 0, None)[..], &hold].concat()));
+        sender.wait_holding();
+        sender
+    }
+
     /// A sender that something else started, such as `runc exec`.
     pub fn attach(process: Running) -> Self {
         Self { process }
+    }
+
+    /// How many bytes are on their way.
+    pub fn sent(&self) -> u64 {
+        let out = self.process.stdout();
+        let sent = out.lines().filter_map(|line| line.strip_prefix("sent ")?.parse().ok()).next_back();
+        sent.unwrap_or(0)
     }
 
     /// Waits until `bytes` are on their way.
@@ -83,13 +133,27 @@ impl Sender {
     pub fn wait_sent(&mut self, bytes: u64) {
         wait_for("progress of the transfer", PROGRESS_LIMIT, || {
             let running = self.process.is_running();
-            let out = self.process.stdout();
-            let sent = out.lines().filter_map(|line| line.strip_prefix("sent ")?.parse::<u64>().ok()).next_back();
-            if sent.is_some_and(|sent| sent >= bytes) {
+            if self.sent() >= bytes {
                 return Some(());
             }
-            assert!(running, "the transfer ended early: {out}{}", self.process.stderr());
+            let (out, errors) = (self.process.stdout(), self.process.stderr());
+            assert!(running, "the transfer ended early: {out}{errors}");
             None
+        });
+    }
+
+    /// Waits until nothing more can be sent, because nobody reads it: there is no word of progress, which comes twice a
+    /// second.
+    #[track_caller]
+    pub fn wait_blocked(&mut self) {
+        let mut last = (self.sent(), Instant::now());
+        wait_for("a sender that is kept waiting", PROGRESS_LIMIT, || {
+            assert!(self.process.is_running(), "{}{}", self.process.stdout(), self.process.stderr());
+            let now = self.sent();
+            if now != last.0 {
+                last = (now, Instant::now());
+            }
+            (last.1.elapsed() > Duration::from_secs(2)).then_some(())
         });
     }
 
