@@ -8,10 +8,46 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::net::if_::InterfaceFlags;
 use serde_json::Value;
 
 use super::sandbox::{Netns, Sandbox};
 use super::{wait_for, wait_until};
+
+/// Whether the kernel has put its IPv6 routes for all links and addresses of this thread's network namespace.
+fn is_settled() -> bool {
+    /// IFA_F_DADFAILED and IFA_F_TENTATIVE.
+    const FAILED: u8 = 0x08;
+    const TENTATIVE: u8 = 0x40;
+    let lines = |file: &str| -> Vec<Vec<String>> {
+        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).expect("the namespace's IPv6");
+        text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+    };
+    // The routes last: what is settled before has its own by then.
+    let links = getifaddrs().expect("the namespace's links");
+    let links = links.filter(|link| {
+        link.flags.contains(InterfaceFlags::IFF_UP) && !link.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+    });
+    let links: Vec<_> = links.collect();
+    // Address, interface index, length of the prefix, scope, flags, name.
+    let addresses = lines("if_inet6");
+    // Destination, length of its prefix, source, length of its prefix, next hop, metric, two counters, flags, name.
+    let routes = lines("ipv6_route");
+    let has_route = |address: &str, length: &str, name: &str| {
+        routes.iter().any(|route| route[0] == address && route[1] == length && route[9] == name)
+    };
+    let multicast = format!("ff{:030}", 0);
+    let is_up = |link: &InterfaceAddress| {
+        let name = &link.interface_name;
+        link.flags.contains(InterfaceFlags::IFF_RUNNING) && has_route(&multicast, "08", name)
+    };
+    let is_proved = |address: &Vec<String>| {
+        let flags = u8::from_str_radix(&address[4], 16).expect("flags");
+        flags & FAILED != 0 || flags & TENTATIVE == 0 && has_route(&address[0], "80", &address[5])
+    };
+    links.iter().all(is_up) && addresses.iter().all(is_proved)
+}
 
 /// Waits for the end of stdin, then brings the value `$2` of `$1` back.
 const RESTORE: &str = r#"read -r end; [ "$(cat "$1")" = "$2" ] || printf '%s\n' "$2" >"$1""#;
@@ -95,26 +131,7 @@ impl Sandbox {
     /// own by that when it gets to it, and tests compare all routes before with all routes after.
     #[track_caller]
     pub fn settle(&self, netns: &Netns) {
-        wait_until("links and addresses that are settled", Duration::from_secs(60), || {
-            let links = self.run_in(netns, &["ip", "-o", "link", "show", "up"]).ok();
-            let addresses = self.run_in(netns, &["ip", "-6", "-o", "address", "show", "up", "-dadfailed"]).ok();
-            // Read last: what the others show has its routes by now or soon.
-            let routes =
-                ["-4", "-6"].map(|f| self.run_in(netns, &["ip", f, "route", "show", "table", "all"]).ok()).join("\n");
-            let has = |start: &str| routes.lines().any(|line| line.starts_with(start));
-            let is_up = |line: &str| {
-                let name = line.split([' ', ':', '@']).filter(|word| !word.is_empty()).nth(1).expect("a link's name");
-                line.contains("LOOPBACK")
-                    || line.contains("state UP") && has(&format!("multicast ff00::/8 dev {name} "))
-            };
-            let is_proved = |line: &str| {
-                let mut words = line.split_whitespace().skip(1);
-                let (name, address) = (words.next().expect("a link"), words.nth(1).expect("an address"));
-                let address = address.split('/').next().expect("an address");
-                !line.contains("tentative") && has(&format!("local {address} dev {name} "))
-            };
-            links.lines().all(is_up) && addresses.lines().all(is_proved) && !routes.contains("linkdown")
-        });
+        wait_until("links and addresses that are settled", Duration::from_secs(60), || self.inside(netns, is_settled));
     }
 
     /// `mptcp-hook status --json`.
