@@ -154,13 +154,15 @@ fn receive(mut connection: TcpStream, bytes: Option<u64>) -> io::Result<()> {
         }
     }
     // The line stands before the sender learns that it is finished: who waits for the sender can read it.
-    say(&format!("received {received} bytes {}", describe(&connection)))?;
+    say(&format!("received {received} bytes {}", described(multipath(&connection))))?;
     connection.write_all(&received.to_be_bytes())
 }
 
 fn send(to: SocketAddr, bytes: u64, rate: Option<u64>, hold: Duration) -> io::Result<()> {
     let mut connection = connect_to(to)?;
     let start = Instant::now();
+    // The beginning of what `rate` is about.
+    let mut paced = start;
     let chunk = [b'm'; CHUNK];
     let mut sent = 0;
     let mut next_line = Duration::from_millis(500);
@@ -170,7 +172,12 @@ fn send(to: SocketAddr, bytes: u64, rate: Option<u64>, hold: Duration) -> io::Re
         sent += n;
         if let Some(rate) = rate {
             let due = Duration::from_secs_f64(sent as f64 / rate as f64);
-            std::thread::sleep(due.saturating_sub(start.elapsed()));
+            std::thread::sleep(due.saturating_sub(paced.elapsed()));
+            // Time that the machine had no processor for us is not made up for by a burst.
+            let late = paced.elapsed().saturating_sub(due);
+            if late > Duration::from_millis(100) {
+                paced += late;
+            }
         }
         if start.elapsed() >= next_line {
             say(&format!("sent {sent}"))?;
@@ -181,6 +188,8 @@ fn send(to: SocketAddr, bytes: u64, rate: Option<u64>, hold: Duration) -> io::Re
         say(&format!("holding {} s", hold.as_secs()))?;
         std::thread::sleep(hold);
     }
+    // The peer closes its subflows once it has answered.
+    let before = multipath(&connection);
     connection.shutdown(std::net::Shutdown::Write)?;
     let mut answer = [0; 8];
     connection.read_exact(&mut answer)?;
@@ -188,7 +197,8 @@ fn send(to: SocketAddr, bytes: u64, rate: Option<u64>, hold: Duration) -> io::Re
     if arrived != bytes {
         return Err(io::Error::other(format!("sent {bytes} bytes, the receiver got {arrived}")));
     }
-    say(&format!("done {bytes} bytes in {:.3} s {}", start.elapsed().as_secs_f64(), describe(&connection)))
+    let now = multipath(&connection).map(|now| now.max(before.unwrap_or(0)));
+    say(&format!("done {bytes} bytes in {:.3} s {}", start.elapsed().as_secs_f64(), described(now)))
 }
 
 /// One line on stdout, at once: the reader is usually a program that waits for it.
@@ -257,9 +267,14 @@ fn mptcp_socket(family: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `mptcp=yes subflows=N`, or `mptcp=no` for plain TCP, by fallback or because the peer never asked for more.
+/// `mptcp=yes subflows=N`, or `mptcp=no` for plain TCP.
+fn described(subflows: Option<u32>) -> String {
+    subflows.map_or_else(|| "mptcp=no".to_owned(), |subflows| format!("mptcp=yes subflows={subflows}"))
+}
+
+/// The number of subflows. None for plain TCP, by fallback or because the peer never asked for more.
 #[allow(unsafe_code)]
-fn describe(connection: &TcpStream) -> String {
+fn multipath(connection: &TcpStream) -> Option<u32> {
     // The start of struct mptcp_info: eight bytes of counters, then the flags.
     let mut info = [0u8; 12];
     let mut len = info.len() as libc::socklen_t;
@@ -268,8 +283,8 @@ fn describe(connection: &TcpStream) -> String {
         unsafe { libc::getsockopt(connection.as_raw_fd(), SOL_MPTCP, MPTCP_INFO, info.as_mut_ptr().cast(), &mut len) };
     let flags = u32::from_ne_bytes([info[8], info[9], info[10], info[11]]);
     if rc != 0 || (len as usize) < info.len() || flags & FLAG_FALLBACK != 0 {
-        return "mptcp=no".to_owned();
+        return None;
     }
     // mptcpi_subflows counts the additional ones only.
-    format!("mptcp=yes subflows={}", u32::from(info[0]) + 1)
+    Some(u32::from(info[0]) + 1)
 }

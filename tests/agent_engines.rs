@@ -20,7 +20,7 @@ use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockT
 use serde_json::{Value, json};
 
 /// How long the agent may take where time is not what is tested.
-const AGENT_LIMIT: Duration = Duration::from_secs(30);
+const AGENT_LIMIT: Duration = Duration::from_secs(180);
 
 /// From the address to the endpoint.
 const LEASE_AIM: Duration = Duration::from_millis(100);

@@ -176,7 +176,7 @@ fn a_process_that_is_dead() {
     let mut world = World::new(&sandbox);
     // The shell becomes a program that never waits for its child.
     let parent = sandbox.spawn(&["sh", "-c", "/bin/sh -c 'echo $$' & exec sleep 1000"]);
-    let zombie = wait_for("a zombie", Duration::from_secs(30), || {
+    let zombie = wait_for("a zombie", Duration::from_secs(180), || {
         let pid: u32 = parent.stdout().trim().parse().ok()?;
         let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).ok()?;
         stat.contains(") Z ").then_some(pid)
@@ -213,18 +213,25 @@ fn a_recycled_pid_is_another_process() {
          ip -n other link add eth1 type veth peer name far
          ip -n other addr add 10.0.2.2/24 dev eth1
          ip -n other link set eth1 up
+         ip -n other link set far up
          ip -n other mptcp endpoint add 10.0.2.2 id 1 dev eth1 subflow backup
          ip netns exec other sh -c 'echo 9 >/proc/sys/net/mptcp/stale_loss_cnt'");
     let script = format!(
         "while ! [ -e /proc/{pid} ]; do
            echo {} >/proc/sys/kernel/ns_last_pid
-           nsenter --net=/run/netns/other sleep 1000 &
+           exec nsenter --net=/run/netns/other sleep 1000 &
          done
+         there=$(stat -L -c %i /run/netns/other)
+         until [ \"$(stat -L -c %i /proc/{pid}/ns/net)\" = \"$there\" ]; do sleep 0.02; done
          echo ready; wait",
         pid - 1
     );
     let other = sandbox.spawn(&["sh", "-ec", &script]);
-    wait_until("a process with the old pid", Duration::from_secs(30), || other.stdout().contains("ready"));
+    // The kernel notices when it gets to it, and what is compared has the links' states.
+    wait_until("links that are up", Duration::from_secs(180), || {
+        sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2
+    });
+    wait_until("a process with the old pid", Duration::from_secs(180), || other.stdout().contains("ready"));
     let theirs = || {
         let netns = Netns::named("other");
         (sandbox.endpoints(&netns), sandbox.sysctl(&netns, "net/mptcp/stale_loss_cnt"))
@@ -285,7 +292,7 @@ fn standard_input_that_never_ends_is_given_up() {
     // Open for reading and writing, the fifo never ends.
     let script = format!("mkfifo /run/fifo; exec {} oci --interface eth1=backup <>/run/fifo", hook().display());
     let start = Instant::now();
-    let outcome = sandbox.spawn(&["sh", "-c", &script]).wait(Duration::from_secs(9));
+    let outcome = sandbox.spawn(&["sh", "-c", &script]).wait(Duration::from_secs(60));
     assert!(start.elapsed() > Duration::from_secs(1), "it did not wait at all");
     world.assert_failed(&outcome, 1, &["standard input was not closed in time"]);
 }

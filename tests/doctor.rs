@@ -10,7 +10,7 @@ use common::*;
 use serde_json::Value;
 
 /// How long a subflow may take to come up, or to show that it hangs.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 impl World<'_> {
     #[track_caller]

@@ -9,7 +9,7 @@ use common::*;
 use serde_json::{Value, json};
 
 /// How long the clean-up that conmon starts after a container's end may take.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(30);
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(180);
 
 /// Nobody is to see to it later.
 const NEVER: &str = "--annotation=mptcp-hook/follow=never";

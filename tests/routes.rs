@@ -10,10 +10,13 @@ use common::*;
 use serde_json::{Value, json};
 
 /// What the agent may take on a machine with much else to do.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a transfer may take.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(30);
+const TRANSFER_LIMIT: Duration = Duration::from_secs(180);
+
+/// Deadlines are not what is tested, and a machine may have no processor for a hook for seconds.
+const PATIENT: &str = "deadline = 60.0\n";
 
 /// eth1 as a backup path, with the next hop that it has on [`TwoPaths`].
 const GATEWAY: [&str; 2] = ["--interface", "eth1=backup,gateway=10.0.2.1"];
@@ -87,6 +90,7 @@ impl<'a> World<'a> {
     fn wired(sandbox: &'a Sandbox, wiring: &Wiring) -> Self {
         TwoPaths::with_container_netns(sandbox, &wiring.clone().without_second_route());
         settle(sandbox);
+        sandbox.policy(PATIENT);
         let web = Bare::in_netns(sandbox, "web", &ctr());
         let before = routing(sandbox, &ctr());
         Self { sandbox, web, before }
@@ -147,7 +151,10 @@ impl<'a> World<'a> {
             let text = self.sh(script).replace('\t', " ");
             let mut now: Vec<&str> = text.lines().map(str::trim).collect();
             now.sort_unstable();
-            if now == expected && self.eth1()["state"] == state {
+            let entry = self.eth1();
+            // While the agent is at work the record has what it is about to do, and no word of the route.
+            let is_done = state == "pending" || entry["route"] != "unknown";
+            if now == expected && entry["state"] == state && is_done {
                 return;
             }
             assert!(begin.elapsed() < LIMIT, "not within {LIMIT:?}: {expected:#?}; but {now:#?}; {:#}", self.eth1());
@@ -221,6 +228,7 @@ fn crun_second_uplink_without_default_route_carries_the_failover() {
     assert!(counted >= seen, "{counted} bytes counted by the interface, {seen} seen");
     assert!(server.received().iter().any(|line| line.starts_with("received 8000000 bytes mptcp=yes")));
     paths.mend("eth0");
+    sandbox.settle(&ctr());
 
     with.delete();
     assert_eq!(routing(&sandbox, &ctr()), before);
@@ -243,6 +251,7 @@ fn a_server_that_signals_under_strict_rp_filter_gets_its_second_subflow() {
     paths.knows_neighbour("eth1", &ctr(), "eth1", [10, 0, 2, 2].into());
     sandbox.sh_in(&ctr(), "for i in all eth0 eth1; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done");
     settle(&sandbox);
+    sandbox.policy(PATIENT);
     let before = routing(&sandbox, &ctr());
     let server = Server::start(&sandbox, &ctr());
     let web = Bare::in_netns(&sandbox, "server", &ctr());
@@ -355,8 +364,10 @@ fn the_agent_says_where_a_strict_rp_filter_stands_against_a_late_way_out() {
     let command = format!("mptcp-hook apply {} --routes auto", strict.web.id());
     let warnings = || sandbox.status_of(strict.web.id())["warnings"].to_string();
     wait_until("a warning of the filter", LIMIT, || warnings().contains("rp_filter") && warnings().contains(&command));
-    let entry = eth1(&sandbox, strict.web.id());
-    assert_eq!((&entry["state"], &entry["route"]), (&json!("applied"), &json!("ok")), "{entry:#}");
+    wait_until("a way out", LIMIT, || {
+        let entry = eth1(&sandbox, strict.web.id());
+        entry["state"] == "applied" && entry["route"] == "ok"
+    });
     assert!(sandbox.hook(&["status"]).ok().contains(&command));
     assert_eq!(strict.filters(), ["0", "1", "1"]);
     strict.hangs();
@@ -408,6 +419,7 @@ impl<'a> Strict<'a> {
         sandbox.sh_in(&ctr(), none);
         sandbox.sh_in(&ctr(), &format!("for i in {which}; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done"));
         settle(sandbox);
+        sandbox.policy(PATIENT);
         let _server = Server::start(sandbox, paths.server());
         Self { sandbox, web: Bare::in_netns(sandbox, "web", &ctr()), paths, _server }
     }
@@ -850,7 +862,7 @@ fn an_annotation_needs_the_policys_word() {
     let conflict = conflict.unwrap_or_else(|| panic!("no conflict about routes in {conflicts:#?}"));
     assert_eq!((&conflict["outcome"], &conflict["wanted"]), (&json!("refused"), &json!("auto")));
 
-    sandbox.policy("[annotations]\nroutes = true\n");
+    sandbox.policy(&format!("{PATIENT}[annotations]\nroutes = true\n"));
     asking.oci(&[]).ok();
     assert_eq!(world.ours(), way_out(7800));
     sandbox.hook(&["release", asking.id()]).ok();
@@ -860,7 +872,7 @@ fn an_annotation_needs_the_policys_word() {
     let stray =
         Bare::in_netns(&sandbox, "stray", &ctr()).annotation("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.66");
     for (policy, arguments) in [("[defaults]\nroutes = \"auto\"\n", &[][..]), ("", &AUTO)] {
-        sandbox.policy(policy);
+        sandbox.policy(&format!("{PATIENT}{policy}"));
         let refused = stray.oci(arguments);
         assert_eq!(refused.code, Some(3), "{refused}");
         assert!(refused.stderr.contains("names the gateway 10.0.2.66 for eth1"), "{refused}");
@@ -882,7 +894,7 @@ fn an_annotation_needs_the_policys_word() {
         sandbox.assert_ledger_is_empty();
     }
 
-    sandbox.policy("[defaults]\nroutes = \"auto\"\n");
+    sandbox.policy(&format!("{PATIENT}[defaults]\nroutes = \"auto\"\n"));
     world.web.oci(&GATEWAY).ok();
     assert_eq!(world.ours(), way_out(7800));
     world.release_restores();
@@ -1104,7 +1116,7 @@ fn the_agent_follows_changes_for_two_in_one_namespace() {
         let (first, last) =
             if first_leaves_first { (world.web.id(), other.id()) } else { (other.id(), world.web.id()) };
         sandbox.hook(&["release", first]).ok();
-        assert_eq!(eth1(&sandbox, last)["route"], "ok");
+        wait_until("the last one's way out", LIMIT, || eth1(&sandbox, last)["route"] == "ok");
         sandbox.hook(&["release", last]).ok();
         world.sh("ip addr add 10.0.2.2/24 dev eth1; ip addr del 10.0.2.9/24 dev eth1
              ip route replace default via 10.0.2.1 dev eth1 table 42");
@@ -1152,8 +1164,10 @@ fn a_gateway_that_comes_later_ends_the_waiting() {
     world.web.oci(&[BACKUP, AUTO].concat()).ok();
     world.assert_eth1("pending", "missing");
     world.sh("ip route add default via 10.0.2.1 dev eth1 metric 200");
-    wait_until("eth1 to be applied", LIMIT, || world.eth1()["state"] == "applied");
-    assert_eq!(world.eth1()["route"], "ok");
+    wait_until("eth1 to be applied", LIMIT, || {
+        let entry = world.eth1();
+        entry["state"] == "applied" && entry["route"] == "ok"
+    });
     sandbox.hook(&["release", world.web.id()]).ok();
     world.sh("ip route del default via 10.0.2.1 dev eth1 metric 200");
     world.assert_as_before();

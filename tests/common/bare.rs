@@ -11,7 +11,7 @@ use super::sandbox::{Netns, Outcome, Sandbox};
 use super::wait_until;
 
 /// How long a process may take to start or end.
-const PROCESS_LIMIT: Duration = Duration::from_secs(30);
+const PROCESS_LIMIT: Duration = Duration::from_secs(180);
 
 /// A sleeping process as a container.
 pub struct Bare<'a> {

@@ -131,7 +131,7 @@ impl Capture {
         assert_eq!(dropped, 0, "the capture lost packets");
         // What has come is all recorded when the socket holds nothing and the reader is not busy with what it took.
         let waits = || poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], 0u16).unwrap_or(0) != 0;
-        wait_until("an end of the packets", Duration::from_secs(30), || !waits());
+        wait_until("an end of the packets", Duration::from_secs(180), || !waits());
         self.packets.lock().expect("the reader does not panic").clone()
     }
 
@@ -143,7 +143,7 @@ impl Capture {
     /// The MP_JOIN SYN that came from, or went to, `interface`; waits for it.
     #[track_caller]
     pub fn wait_join(&self, interface: &str) -> Join {
-        wait_for("an MP_JOIN SYN", Duration::from_secs(30), || {
+        wait_for("an MP_JOIN SYN", Duration::from_secs(180), || {
             self.joins().into_iter().find(|join| join.interface == interface)
         })
     }

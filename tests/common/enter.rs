@@ -17,7 +17,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// How long a program may be held open for writing by others that are being started.
-const BUSY_LIMIT: Duration = Duration::from_secs(10);
+const BUSY_LIMIT: Duration = Duration::from_secs(60);
 
 /// The namespaces of a process, held open.
 pub struct Namespaces {

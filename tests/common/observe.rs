@@ -53,7 +53,7 @@ fn is_settled() -> bool {
 const RESTORE: &str = r#"read -r end; [ "$(cat "$1")" = "$2" ] || printf '%s\n' "$2" >"$1""#;
 
 /// How long a test waits for the others that need the same value of the machine.
-const LOCK_LIMIT: Duration = Duration::from_secs(900);
+const LOCK_LIMIT: Duration = Duration::from_secs(3600);
 
 /// An endpoint of the in-kernel path manager, as ip-mptcp(8) shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ impl Sandbox {
     /// own by that when it gets to it, and tests compare all routes before with all routes after.
     #[track_caller]
     pub fn settle(&self, netns: &Netns) {
-        wait_until("links and addresses that are settled", Duration::from_secs(60), || self.inside(netns, is_settled));
+        wait_until("links and addresses that are settled", Duration::from_secs(180), || self.inside(netns, is_settled));
     }
 
     /// `mptcp-hook status --json`.

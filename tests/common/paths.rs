@@ -24,7 +24,7 @@ use super::sandbox::{Netns, Sandbox};
 use super::wait_until;
 
 /// How long the kernel may take to notice that a link is up.
-const LINK_LIMIT: Duration = Duration::from_secs(30);
+const LINK_LIMIT: Duration = Duration::from_secs(180);
 
 /// How a container is wired to the server.
 #[derive(Clone, Debug)]

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{Capture, Netns, Sandbox, Sender, Server, TwoPaths};
 
 /// How long a transfer of these tests may take, a failover included.
-pub const TRANSFER_LIMIT: Duration = Duration::from_secs(40);
+pub const TRANSFER_LIMIT: Duration = Duration::from_secs(180);
 
 /// Slow enough that the second subflow is there long before the end, in bytes per second.
 pub const RATE: u64 = 20_000_000;

@@ -25,10 +25,10 @@ use super::enter::{self, Namespaces, Process};
 use super::hook;
 
 /// How long a sandbox may take to end its processes and remove its cgroups.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(30);
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a command in a sandbox may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(90);
+const COMMAND_LIMIT: Duration = Duration::from_secs(600);
 
 /// The first process, with the kind of network as `$1` and the sandbox's unique string as `$2`: stays until its stdin
 /// ends. Then it ends everything else and removes what outlives the namespaces. While the shell waits for cat it also

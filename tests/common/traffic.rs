@@ -15,7 +15,7 @@ pub const PROGRAM: &str = "/mptcp-traffic";
 pub const PORT: u16 = 5000;
 
 /// How long a server may take to start and a connection to show progress.
-const PROGRESS_LIMIT: Duration = Duration::from_secs(30);
+const PROGRESS_LIMIT: Duration = Duration::from_secs(180);
 
 /// After how many seconds a sender ends itself: longer than any test waits, a slow guest's included.
 const SENDER_TIMEOUT: &str = "600";

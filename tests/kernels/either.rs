@@ -10,7 +10,7 @@ use super::common::*;
 use super::ctr;
 
 /// How long anything here may take to show.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// What multipath-tcp.org's kernels show of an interface that is a backup, of those bits that are MPTCP's.
 const BACKUP_BIT: u32 = 0x10_0000;
