@@ -608,7 +608,7 @@ impl Machine {
                 }
                 *next_id
             }
-            id if taken(id) => return Err(netlink_error(Errno::EEXIST)),
+            id if taken(id) => return Err(netlink_error(Errno::EBUSY)),
             id => id,
         };
         // The address need not be assigned, nor the interface exist.

@@ -1665,6 +1665,32 @@ fn gateway(last: &str) -> Asked {
     Ok(What::Gateway("eth1".parse().unwrap(), address(&format!("10.0.2.{last}"))))
 }
 
+/// The kernel gives a new endpoint any free id, that of one which is gone and known by it, too.
+#[test]
+fn the_id_of_an_endpoint_that_is_gone_may_go_to_a_new_one() {
+    let mut scene = Scene::upstream().ask(ADMIN, interface("eth1", "backup")).applied();
+    // What the kernel gives first.
+    scene.previous.as_mut().unwrap().interfaces[0].endpoints[0].id = 1;
+    scene.host.netns(NS, |netns| netns.endpoints.clear());
+    let with_eth0 = scene.ask(Rank::CommandLine, interface("eth0", "subflow"));
+    let plan = with_eth0.plan().unwrap();
+    with_eth0.perform(&plan);
+    assert_eq!(with_eth0.host.kernel(NS).facts(&[]).unwrap().endpoints.len(), 2, "{:?}", changes(&plan));
+}
+
+/// Two that are gone may have had one id, one after the other.
+#[test]
+fn two_endpoints_that_are_gone_and_had_one_id_get_two() {
+    let mut scene = Scene::upstream().ask(ADMIN, interface("eth*", "backup")).applied();
+    for interface in &mut scene.previous.as_mut().unwrap().interfaces {
+        interface.endpoints.iter_mut().for_each(|endpoint| endpoint.id = 7);
+    }
+    scene.host.netns(NS, |netns| netns.endpoints.clear());
+    let plan = scene.plan().unwrap();
+    scene.perform(&plan);
+    assert_eq!(scene.host.kernel(NS).facts(&[]).unwrap().endpoints.len(), 2);
+}
+
 /// However far the hooks had come that were killed.
 #[test]
 fn what_was_there_before_killed_hooks_goes() {

@@ -407,9 +407,15 @@ fn endpoint(draft: &mut Draft, place: &Place, address: IpAddr, index: u32) -> Re
     let why = place.wanted.wish.source.place.clone();
     let name = &place.wanted.name;
     let known = owned(draft, address);
-    // Under the id by which siblings know it, where that is free.
+    // Under the id by which siblings know it, where that is free: also of what is added before it, to which the kernel may
+    // give any free id.
     let id = known.map_or(0, |known| known.id);
-    let id = if draft.input.facts.endpoints.iter().any(|e| e.id == id) { 0 } else { id };
+    let is_in_use = draft.input.facts.endpoints.iter().any(|e| e.id == id)
+        || draft.plan.steps.iter().any(|step| match &step.change {
+            Change::AddEndpoint(other) => other.id == id || other.id == 0,
+            _ => false,
+        });
+    let id = if is_in_use { 0 } else { id };
     let fresh = Endpoint { id, address, port: None, ifindex: index, flags };
     let now = present(draft, address).cloned();
     let (id, original) = match now {
