@@ -37,8 +37,8 @@ exec /lib/systemd/systemd --system --unit=multi-user.target --log-target=journal
 ' boot "$@"
 "#;
 
-/// Prints the pid of systemd.
-const FIND: &str = r#"grep -lx systemd /proc/[0-9]*/comm | sed 's|/proc/\([0-9]*\)/comm|\1|'"#;
+/// Prints the pid of systemd. What it has just forked has its name, too.
+const FIND: &str = r#"grep -lx systemd /proc/[0-9]*/comm | sed 's|/proc/\([0-9]*\)/comm|\1|' | sort -n | head -n 1"#;
 
 /// A sandbox in a sandbox, with systemd.
 struct Booted<'a> {

@@ -181,8 +181,7 @@ impl World<'_> {
              exec nsenter --target $pid --net sh -ec '{}'\n",
             self.early_script(more)
         );
-        std::fs::write(&file, text).expect("writing a hook");
-        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("a hook's mode");
+        self.sandbox.write_program(&file, &text);
         file
     }
 

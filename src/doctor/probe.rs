@@ -112,6 +112,8 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
     let mut watched = Watched::default();
     let mut all;
     loop {
+        // Before the look, so that what was there in time is seen however late this process goes on.
+        let is_late = begin.elapsed() > PATH_TIME;
         all = diag.tcp()?.unwrap_or_default();
         let now = first(&all);
         let is_over = now.as_ref().is_none_or(|s| s.state != TcpState::Established) || has_hung_up(&stream)?;
@@ -129,7 +131,7 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
             break;
         }
         watched.up = expected.iter().map(|endpoint| endpoint.address).filter(|ip| is_up(&all, own, *ip)).collect();
-        if watched.up.len() == expected.len() || begin.elapsed() > PATH_TIME {
+        if watched.up.len() == expected.len() || is_late {
             break;
         }
         if !has_spoken && begin.elapsed() > PEER_SPEAKS {

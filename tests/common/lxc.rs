@@ -1,7 +1,6 @@
 //! LXC containers by a configuration file, as root, root with mapped ids, or a user without rights starts them.
 
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -138,13 +137,13 @@ impl<'a> Lxc<'a> {
         let lines = self.config.lines().count();
         let file = self.directory().join(format!("{kind}-{lines}"));
         let text = format!("#!/bin/sh\nexec nsenter --target $LXC_PID {user} --net sh -ec '{script}'\n");
-        write_program(&file, &text);
+        self.sandbox.write_program(&file, &text);
         self.line(&format!("lxc.hook.{kind} = {}", file.display()))
     }
 
     /// A program in the container's root filesystem.
     pub fn program(self, name: &str, text: &str) -> Self {
-        write_program(&self.rootfs().join(name), text);
+        self.sandbox.write_program(&self.rootfs().join(name), text);
         self
     }
 
@@ -358,11 +357,6 @@ impl<'a> Lxc<'a> {
         let status = self.status();
         assert_eq!((&status["containers"], &status["settings"]), (&json!([]), &json!([])), "{status:#}");
     }
-}
-
-fn write_program(path: &Path, text: &str) {
-    std::fs::write(path, text).expect("writing a script");
-    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("a script's mode");
 }
 
 /// A server behind two bridges, br0 and br1, in the sandbox's own network namespace.

@@ -77,7 +77,7 @@ pub fn hook() -> PathBuf {
 pub fn readable_hook(sandbox: &Sandbox) -> PathBuf {
     let program = sandbox.dir().join("mptcp-hook");
     if !program.exists() {
-        std::fs::copy(hook(), &program).expect("copying the hook");
+        sandbox.copy_program(&hook(), &program);
     }
     program
 }

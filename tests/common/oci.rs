@@ -359,8 +359,8 @@ pub fn root_filesystem(sandbox: &Sandbox) -> PathBuf {
     require("busybox", "busybox-static");
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(PathBuf::from).into_iter().find(|p| p.exists());
     let busybox = busybox.expect("busybox lies in /bin or /usr/bin");
-    fs::copy(super::static_program(&busybox), root.join("bin/busybox")).expect("copying busybox");
+    sandbox.copy_program(&super::static_program(&busybox), &root.join("bin/busybox"));
     std::os::unix::fs::symlink("busybox", root.join("bin/sh")).expect("linking sh to busybox");
-    fs::copy(traffic_program(), root.join(traffic::PROGRAM.trim_start_matches('/'))).expect("copying mptcp-traffic");
+    sandbox.copy_program(&traffic_program(), &root.join(traffic::PROGRAM.trim_start_matches('/')));
     root
 }

@@ -12,7 +12,6 @@
 //! routes go over eth0 (metric 100) and eth1 (metric 200).
 
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -220,8 +219,7 @@ impl<'a> TwoPaths<'a> {
              nsenter --net=/run/netns/srv ip -batch - <<OUTSIDE\n{outside}OUTSIDE\n\
              nsenter --net=/proc/$pid/ns/net ip -batch - <<INSIDE\n{inside}INSIDE\n"
         );
-        std::fs::write(&file, script).expect("writing the wiring hook");
-        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("the wiring hook's mode");
+        self.sandbox.write_program(&file, &script);
         HookEntry::program(&file.display().to_string())
     }
 

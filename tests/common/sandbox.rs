@@ -276,6 +276,20 @@ impl Sandbox {
             .unwrap_or_else(|e| panic!("writing {path} in the sandbox: {e}"));
     }
 
+    /// Writes an executable file. A process of the sandbox does it: while this one had it open for writing, another test's
+    /// thread could fork, and whoever executes the file meanwhile gets ETXTBSY.
+    #[track_caller]
+    pub fn write_program(&self, path: &Path, text: &str) {
+        let path = path.display().to_string();
+        self.run_with_input(&["sh", "-ec", "cat >\"$1\"; chmod 755 \"$1\"", "sh", &path], text.as_bytes()).ok();
+    }
+
+    /// Copies a program, as [`Sandbox::write_program`] writes one.
+    #[track_caller]
+    pub fn copy_program(&self, from: &Path, to: &Path) {
+        self.run(&["cp", &from.display().to_string(), &to.display().to_string()]).ok();
+    }
+
     /// The policy file of this sandbox, /etc/mptcp-hook/config.toml.
     pub fn policy(&self, toml: &str) {
         self.write("/etc/mptcp-hook/config.toml", toml);
@@ -438,6 +452,9 @@ fn first_process(private_network: bool, unique: &str) -> Child {
     for directory in ["/run/lock", "/run/netns"] {
         std::fs::create_dir(directory).expect("a directory below /run");
     }
+    // podman's locks.
+    std::fs::create_dir_all("/dev/shm").expect("/dev/shm");
+    mount("tmpfs", "/dev/shm", Some("tmpfs"), none, Some("mode=1777"));
     let copied = Command::new("cp").args(["-a", "/etc", "/run/etc"]).output().expect("starting cp");
     assert!(copied.status.success(), "copying /etc: {}", String::from_utf8_lossy(&copied.stderr));
     let _ = std::fs::remove_dir_all("/run/etc/mptcp-hook");

@@ -88,7 +88,7 @@ const PROGRAMS: &[Program] = &[
             ("a_minute_after_the_last_container_it_ends", Why::NoKernel),
             ("hooks_at_once_start_one_agent", Why::NoKernel),
             ("a_lock_without_an_agent_is_not_taken_for_one", Why::NoKernel),
-            ("a_container_that_changes_all_the_time_keeps_nobody_waiting", Why::NoKernel),
+            ("whoever_changes_all_the_time_keeps_nobody_waiting", Why::NoKernel),
             ("while_crun_waits_for_it_the_agent_can_end_at_once", Why::Engine),
             ("a_poststop_hook_that_fails_leaves_the_others_an_agent", Why::Engine),
             ("hooks_and_the_agent_do_not_get_in_each_others_way", Why::NoKernel),
