@@ -2294,7 +2294,7 @@ fn in_a_user_namespace_it_works_for_that_users_containers() {
             .ok();
         containers.push((pid, init));
     }
-    let program = hook().display().to_string();
+    let program = readable_hook(&sandbox).display().to_string();
     for (pid, _) in &containers {
         let (pid, name) = (pid.to_string(), format!("c{pid}"));
         let apply = [&program, "apply", "--pid", &pid, "--interface", "eth1=backup", "--name", &name];

@@ -502,7 +502,7 @@ fn a_value_that_reads_back_otherwise_undoes_everything() {
 /// `mptcp-hook oci ARGUMENTS` for the container, with `before` in front of it.
 #[track_caller]
 fn hook_behind(world: &World, before: &[&str], arguments: &[&str]) -> Outcome {
-    let program = hook().display().to_string();
+    let program = readable_hook(world.sandbox).display().to_string();
     let argv: Vec<&str> = [before, &[program.as_str(), "oci"], arguments].concat();
     world.sandbox.run_with_input(&argv, world.container.state().to_string().as_bytes())
 }

@@ -697,13 +697,6 @@ fn a_signal_ends_it_and_the_file_is_whole() {
     }
 }
 
-/// A copy of the program where any user can reach it.
-fn program_for_all(sandbox: &Sandbox) -> String {
-    let program = sandbox.dir().join("mptcp-hook");
-    std::fs::copy(hook(), &program).expect("a copy of the hook");
-    program.display().to_string()
-}
-
 #[test]
 fn targets_that_are_not_there_and_users_without_rights() {
     let sandbox = Sandbox::new();
@@ -726,7 +719,7 @@ fn targets_that_are_not_there_and_users_without_rights() {
     fails(&[container.id()], 1, &[container.id(), "not running"]);
 
     require("setpriv", "util-linux");
-    let program = program_for_all(&sandbox);
+    let program = readable_hook(&sandbox).display().to_string();
     let user = ["setpriv", "--reuid", "61235", "--regid", "61235", "--clear-groups", &program, "capture"];
     let as_user = |target: &[&str]| sandbox.run(&[&user[..], target].concat()).fails_with(1);
     let said = as_user(&CTR);
@@ -741,7 +734,7 @@ fn targets_that_are_not_there_and_users_without_rights() {
 fn the_owner_of_a_user_namespace_may() {
     require("setpriv", "util-linux");
     let sandbox = Sandbox::new();
-    let program = program_for_all(&sandbox);
+    let program = readable_hook(&sandbox).display().to_string();
     // A process of the user's, in a user and a network namespace of its own.
     let owner = ["setpriv", "--reuid", "61235", "--regid", "61235", "--clear-groups"];
     let script = "ip link set lo up; echo $$; exec sleep 1000";

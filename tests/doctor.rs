@@ -1144,7 +1144,7 @@ fn doctor_of_a_host_with_other_managers_and_a_damaged_ledger() {
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let program = sandbox.dir().join("mptcpd");
     // A program that goes by its arguments alone.
-    std::fs::copy(traffic_program(), &program).expect("copying mptcp-traffic");
+    sandbox.copy_program(&traffic_program(), &program);
     let program = program.display().to_string();
     let daemon = sandbox.spawn_in(&ctr(), &[program.as_str(), "serve", "--port", "5999"]);
     let found = world.wait_for("other-manager");

@@ -270,7 +270,7 @@ fn in_a_user_namespace_an_old_kernel_is_named() {
     let sandbox = Sandbox::new();
     sandbox.sh("ip link add eth1 type veth peer name peer; ip addr add 10.0.2.2/24 dev eth1; ip link set eth1 up");
     sandbox.policy("host-namespace = \"allow\"\n");
-    let program = hook().display().to_string();
+    let program = readable_hook(&sandbox).display().to_string();
     let directory = sandbox.dir().join("user");
     std::fs::create_dir(&directory).expect("a directory");
     std::os::unix::fs::chown(&directory, Some(USER), Some(USER)).expect("giving a directory away");

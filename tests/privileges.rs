@@ -325,10 +325,7 @@ fn an_unprivileged_users_hook_has_the_capabilities_that_it_needs() {
     require("setpriv", "util-linux");
     let sandbox = Sandbox::new();
     sandbox.sh(&format!("mkdir -p /run/user/{USER}; chmod 700 /run/user/{USER}; chown {USER}:{USER} /run/user/{USER}"));
-    // Where the user can reach it.
-    let program = sandbox.dir().join("mptcp-hook");
-    std::fs::copy(hook(), &program).expect("a copy of the hook");
-    let program = program.display().to_string();
+    let program = readable_hook(&sandbox).display().to_string();
     let as_user = ["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups"];
     let child = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo $$; exec sleep 1000"];
     let process = sandbox.spawn(&[&as_user[..], &child].concat());
