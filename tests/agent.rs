@@ -23,9 +23,6 @@ use serde_json::{Value, json};
 /// Where the hook keeps its ledger in a sandbox.
 const STATE_DIR: &str = "/run/mptcp-hook";
 
-/// How long something may take that is not measured, on a machine with much else to do.
-const LIMIT: Duration = Duration::from_secs(180);
-
 /// How long something is watched that shall not happen: the agent needs a few milliseconds.
 const QUIET: Duration = Duration::from_millis(500);
 

@@ -19,9 +19,6 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use serde_json::{Value, json};
 
-/// How long the agent may take where time is not what is tested.
-const AGENT_LIMIT: Duration = Duration::from_secs(180);
-
 /// From the address to the endpoint.
 const LEASE_AIM: Duration = Duration::from_millis(100);
 
@@ -91,7 +88,7 @@ fn agent_of(sandbox: &Sandbox) -> Option<u32> {
 /// Waits until root's agent has come up.
 #[track_caller]
 fn wait_for_agent(sandbox: &Sandbox) -> u32 {
-    wait_for("an agent", AGENT_LIMIT, || agent_of(sandbox))
+    wait_for("an agent", LIMIT, || agent_of(sandbox))
 }
 
 /// Ends root's agent, so that the next hook has to fork another.
@@ -99,7 +96,7 @@ fn wait_for_agent(sandbox: &Sandbox) -> u32 {
 fn end_agent(sandbox: &Sandbox) {
     let Some(pid) = agent_of(sandbox) else { return };
     sandbox.sh(&format!("kill -9 {pid}"));
-    wait_until("the agent's end", AGENT_LIMIT, || agent_of(sandbox).is_none());
+    wait_until("the agent's end", LIMIT, || agent_of(sandbox).is_none());
 }
 
 /// The engine is done with the container, and `before`, the agent that its hook has started, goes on; as another process
@@ -135,22 +132,20 @@ fn assert_detached(sandbox: &Sandbox, agent: u32) {
     }
     let foreign = descriptors.values().any(|target| target.starts_with("pipe:") || target.contains("/tmp/"));
     assert!(!foreign, "{descriptors:#?}");
-    wait_until("the agent to leave the container's cgroup", AGENT_LIMIT, || {
+    wait_until("the agent to leave the container's cgroup", LIMIT, || {
         let cgroups = std::fs::read_to_string(proc.join("cgroup")).expect("the agent's cgroups");
         ![sandbox.unique(), "libpod", "lxc."].iter().any(|name| cgroups.contains(name))
     });
     assert_eq!(std::fs::read_link(proc.join("cwd")).expect("its directory"), Path::new("/"));
     // It goes into a container's namespace for moments only.
     let home = std::fs::read_link(sandbox.netns_path(&Netns::Host)).expect("the sandbox's namespace");
-    wait_until("the agent at home", AGENT_LIMIT, || {
-        std::fs::read_link(proc.join("ns/net")).is_ok_and(|own| own == home)
-    });
+    wait_until("the agent at home", LIMIT, || std::fs::read_link(proc.join("ns/net")).is_ok_and(|own| own == home));
 }
 
 /// Waits until the kernel has exactly one endpoint there, `address` on eth1 as a backup.
 #[track_caller]
 fn wait_for_backup(sandbox: &Sandbox, netns: &Netns, address: IpAddr) {
-    wait_until(&format!("the endpoint {address}"), AGENT_LIMIT, || {
+    wait_until(&format!("the endpoint {address}"), LIMIT, || {
         let endpoints = sandbox.endpoints(netns);
         endpoints.len() == 1 && endpoints[0].address == address
     });
@@ -160,7 +155,7 @@ fn wait_for_backup(sandbox: &Sandbox, netns: &Netns, address: IpAddr) {
 /// Waits until eth1 of a container has `state` in root's ledger, and gives the entry.
 #[track_caller]
 fn wait_for_state(sandbox: &Sandbox, id: &str, state: &str) -> Value {
-    wait_for(&format!("eth1 {state}"), AGENT_LIMIT, || {
+    wait_for(&format!("eth1 {state}"), LIMIT, || {
         let container = sandbox.status_of(id);
         let interfaces = container["interfaces"].as_array()?;
         interfaces.iter().find(|interface| interface["name"] == "eth1" && interface["state"] == state)?;
@@ -171,7 +166,7 @@ fn wait_for_state(sandbox: &Sandbox, id: &str, state: &str) -> Value {
 /// Waits until root's ledger knows no container and nobody is followed.
 #[track_caller]
 fn wait_until_released(sandbox: &Sandbox) {
-    wait_until("the release of everything", AGENT_LIMIT, || sandbox.status()["containers"] == json!([]));
+    wait_until("the release of everything", LIMIT, || sandbox.status()["containers"] == json!([]));
     sandbox.assert_ledger_is_empty();
     assert_eq!(sandbox.sh("ls /run/mptcp-hook/follow"), "");
     wait_until_no_file_is_left(sandbox, "/run/mptcp-hook");
@@ -185,7 +180,7 @@ fn wait_until_no_file_is_left(sandbox: &Sandbox, state_dir: &str) {
     let mut left = String::new();
     let begin = Instant::now();
     // The agent may still be looking at what a hook has just released.
-    while begin.elapsed() < AGENT_LIMIT {
+    while begin.elapsed() < LIMIT {
         left = sandbox.sh(&find);
         if left.is_empty() {
             return;
@@ -244,7 +239,7 @@ impl Observer {
             list.iter().find(|(seen, _)| *seen == address).map(|(_, when)| *when)
         };
         let address = wait_for("the lease", ENGINE_LIMIT, || came(&self.addresses));
-        let endpoint = wait_for("the endpoint", AGENT_LIMIT, || came(&self.endpoints));
+        let endpoint = wait_for("the endpoint", LIMIT, || came(&self.endpoints));
         endpoint.saturating_duration_since(address)
     }
 }
@@ -357,7 +352,7 @@ impl Dhcp {
         ];
         let argv: Vec<_> = ["dnsmasq"].into_iter().chain(arguments.iter().flat_map(|a| a.split(' '))).collect();
         let mut server = sandbox.spawn(&argv);
-        wait_until("a DHCP server", AGENT_LIMIT, || {
+        wait_until("a DHCP server", LIMIT, || {
             assert!(server.is_running(), "{}", server.stderr());
             server.stderr().contains("IP range")
         });
@@ -370,9 +365,9 @@ impl Dhcp {
 #[track_caller]
 fn assert_backup_rule(container: &Lxc, paths: &TwoPaths, source: IpAddr) {
     let capture = Capture::start(container.sandbox, paths.server());
-    assert!(container.send(paths.address(), 2_000_000, Some(SLOW)).finish(TRANSFER_LIMIT).mptcp);
+    assert!(container.send(paths.address(), 2_000_000, Some(SLOW)).finish(LIMIT).mptcp);
     let joins = || capture.joins().into_iter().filter(|join| join.interface == "br1").collect::<Vec<_>>();
-    let joins = wait_for("a join over br1", AGENT_LIMIT, || Some(joins()).filter(|joins| !joins.is_empty()));
+    let joins = wait_for("a join over br1", LIMIT, || Some(joins()).filter(|joins| !joins.is_empty()));
     assert!(joins.iter().all(|join| join.backup && join.source == source), "{joins:?}");
     let (main, backup) = (capture.payload_received("br0"), capture.payload_received("br1"));
     assert!(backup * 20 < main, "payload over the backup path: {backup} bytes, over the other: {main}");
@@ -417,7 +412,7 @@ fn agent_makes_a_backup_endpoint_of_each_dhcp_lease() {
         times.push(observer.delay(dhcp.address));
         wait_for_backup(&sandbox, &netns, dhcp.address);
         // The client sets the route after the address.
-        let eth1 = wait_for("the way out in status", AGENT_LIMIT, || {
+        let eth1 = wait_for("the way out in status", LIMIT, || {
             let eth1 = eth1_of(&sandbox.status_of(&container.name), "applied");
             (eth1["route"] == "ok").then_some(eth1)
         });
@@ -431,7 +426,7 @@ fn agent_makes_a_backup_endpoint_of_each_dhcp_lease() {
             if joins.len() > joined && joins.iter().any(|join| join.source == dhcp.address) {
                 break joins.len();
             }
-            if begin.elapsed() > AGENT_LIMIT {
+            if begin.elapsed() > LIMIT {
                 let seen = "ip mptcp endpoint show; ip route; ss -tn; nstat -az | grep MPJoinSynTx";
                 panic!("no join from {}: {joins:?}\n{}", dhcp.address, sandbox.sh_in(&netns, seen));
             }
@@ -490,7 +485,7 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
         eth1("down");
         assert!(sandbox.sh_in(&netns, "ip -4 address show eth1").contains("10.0.2.20"));
         unchanged("down");
-        assert!(container.send(paths.address(), 1_000_000, Some(10 * SLOW)).finish(TRANSFER_LIMIT).mptcp);
+        assert!(container.send(paths.address(), 1_000_000, Some(10 * SLOW)).finish(LIMIT).mptcp);
         eth1("up");
         // The kernel has thrown the route away; the client brings it back.
         container.signal_client(&["USR1"]);
@@ -502,18 +497,18 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
     }
     for _ in 0..2 {
         sandbox.sh(&format!("ip link set {host_end} down"));
-        wait_until("the loss of the carrier", AGENT_LIMIT, || {
+        wait_until("the loss of the carrier", LIMIT, || {
             sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER")
         });
         unchanged("the loss of the carrier");
         sandbox.sh(&format!("ip link set {host_end} up"));
-        wait_until("the carrier", AGENT_LIMIT, || !sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER"));
+        wait_until("the carrier", LIMIT, || !sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER"));
         unchanged("the carrier came back");
         assert_backup_rule(&container, &paths, address);
     }
     // A name that goes takes the endpoint with it, and brings it when it comes back.
     sandbox.sh_in(&netns, "ip link set eth1 down; ip link set eth1 name other; ip link set other up");
-    wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&netns).is_empty());
+    wait_until("no endpoint", LIMIT, || sandbox.endpoints(&netns).is_empty());
     wait_for_state(&sandbox, &container.name, "pending");
     sandbox.sh_in(&netns, "ip link set other down; ip link set other name eth1; ip link set eth1 up");
     wait_for_backup(&sandbox, &netns, address);
@@ -539,7 +534,7 @@ fn agent_releases_what_a_crashed_lxc_left() {
         assert_eq!(sandbox.sh("ls /sys/class/net/br0/brif /sys/class/net/br1/brif").matches("veth").count(), 2);
         container.kill_at_once();
         let killed = Instant::now();
-        wait_until("the end of the container's interfaces", AGENT_LIMIT, || {
+        wait_until("the end of the container's interfaces", LIMIT, || {
             sandbox.sh("ls /sys/class/net/br0/brif /sys/class/net/br1/brif").matches("veth").count() == 0
         });
         println!("the interfaces were gone {:?} after the kill", killed.elapsed());
@@ -691,7 +686,7 @@ fn agent_keeps_neither_runtime_nor_podman_waiting(runtime: Runtime) {
             assert_agent_lives_on(&sandbox, agent);
             assert_eq!(cgroup_left(web.id()), "");
             // It waits for whatever has become a child of its own.
-            wait_until("conmon's end", AGENT_LIMIT, || sandbox.run(&["pgrep", "-x", "conmon"]).code == Some(1));
+            wait_until("conmon's end", LIMIT, || sandbox.run(&["pgrep", "-x", "conmon"]).code == Some(1));
             wait_until_released(&sandbox);
         }
     }
@@ -718,7 +713,7 @@ fn agent_releases_what_a_crashed_runtime_left(runtime: Runtime) {
     let pid = container.pid();
     sandbox.sh(&format!("kill -9 {pid}"));
     let killed = Instant::now();
-    wait_until("the end of the container's interfaces", AGENT_LIMIT, || ends() < before);
+    wait_until("the end of the container's interfaces", LIMIT, || ends() < before);
     println!("the interfaces were gone {:?} after the kill", killed.elapsed());
     wait_until_released(&sandbox);
     // What the runtime itself has kept of it is all that is left, and its poststop has nothing to do.
@@ -756,10 +751,10 @@ fn agent_attaches_what_podman_attaches_late(runtime: Runtime) {
         let in_status = wait_for_state(&sandbox, container.id(), "applied");
         assert_eq!(in_status["followed"], true, "it was not late: {in_status:#}");
         let (joins, received) = (capture.joins().len(), server.received().len());
-        assert!(container.send(paths.address(), 5_000_000, 5_000_000).finish(TRANSFER_LIMIT).mptcp);
+        assert!(container.send(paths.address(), 5_000_000, 5_000_000).finish(LIMIT).mptcp);
         assert_eq!(server.wait_received(received + 1).len(), received + 1);
         let of_this = || capture.joins().into_iter().skip(joins).find(|join| join.interface == "br1");
-        assert!(wait_for("a join over br1", AGENT_LIMIT, of_this).backup);
+        assert!(wait_for("a join over br1", LIMIT, of_this).backup);
         // Its next life has other namespaces and other addresses.
         podman.podman(&["restart", "--time=0", &name]).ok();
         wait_for_backup(&sandbox, &container.netns(), container.eth1_address());
@@ -791,11 +786,11 @@ fn agent_follows_podman_network_connect_and_disconnect(runtime: Runtime) {
         wait_for_state(&sandbox, web.id(), "applied");
         // The open connection of eth0 joins over it.
         let joins = || capture.joins().into_iter().filter(|j| j.interface == "br1").collect::<Vec<_>>();
-        let joins = wait_for("a join over br1", AGENT_LIMIT, || Some(joins()).filter(|joins| joins.len() >= round));
+        let joins = wait_for("a join over br1", LIMIT, || Some(joins()).filter(|joins| joins.len() >= round));
         assert!(joins.iter().all(|join| join.backup), "{joins:?}");
 
         podman.podman(&["network", "disconnect", "net1", "web"]).ok();
-        wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&netns).is_empty());
+        wait_until("no endpoint", LIMIT, || sandbox.endpoints(&netns).is_empty());
         wait_for_state(&sandbox, web.id(), "pending");
     }
     drop(live);
@@ -848,7 +843,7 @@ fn agent_of_a_rootless_podman(runtime: Runtime) {
         let container = rootless.status()["containers"][0].clone();
         eth1_of(&container, "pending");
         assert_eq!(container["followed"], true, "{container:#}\n{}", rootless.messages("web"));
-        let agent = wait_for("the user's agent", AGENT_LIMIT, || agent_in(&sandbox, &user::state_directory()));
+        let agent = wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
         let uid = sandbox.sh(&format!("stat -c %u /proc/{agent}; stat -c '%u %a' {}", user::state_directory()));
         assert_eq!(uid, format!("{0}\n{0} 700", user::UID));
         assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
@@ -856,12 +851,12 @@ fn agent_of_a_rootless_podman(runtime: Runtime) {
         sandbox.sh_in(&ctr, "ip addr add 10.0.2.2/24 dev eth1; ip route add default via 10.0.2.1 dev eth1 metric 200");
         wait_for_backup(&sandbox, &ctr, IpAddr::from([10, 0, 2, 2]));
         let joins = capture.joins().len();
-        assert!(rootless.send("web", paths.address(), 3_000_000, SLOW).finish(TRANSFER_LIMIT).mptcp);
-        let join = wait_for("a join", AGENT_LIMIT, || capture.joins().get(joins).cloned());
+        assert!(rootless.send("web", paths.address(), 3_000_000, SLOW).finish(LIMIT).mptcp);
+        let join = wait_for("a join", LIMIT, || capture.joins().get(joins).cloned());
         assert_eq!((join.interface.as_str(), join.backup), ("eth1", true));
 
         sandbox.sh_in(&ctr, "ip address del 10.0.2.2/24 dev eth1");
-        wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&ctr).is_empty());
+        wait_until("no endpoint", LIMIT, || sandbox.endpoints(&ctr).is_empty());
         sandbox.sh_in(&ctr, "ip addr add 10.0.2.3/24 dev eth1");
         wait_for_backup(&sandbox, &ctr, IpAddr::from([10, 0, 2, 3]));
         if crashes {
@@ -874,7 +869,7 @@ fn agent_of_a_rootless_podman(runtime: Runtime) {
         wait_until_user_is_released(&sandbox);
         assert_eq!(sandbox.endpoints(&ctr), []);
         // Nobody would have started another.
-        wait_for("the user's agent, still", AGENT_LIMIT, || agent_in(&sandbox, &user::state_directory()));
+        wait_for("the user's agent, still", LIMIT, || agent_in(&sandbox, &user::state_directory()));
     }
 }
 
@@ -918,7 +913,7 @@ fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
     let program = readable_hook(&sandbox).display().to_string();
     let mut agent = by_hand.then(|| sandbox.spawn(&user::command(Path::new("/"), &[&program, "agent"])));
     if by_hand {
-        wait_for("the user's agent", AGENT_LIMIT, || agent_in(&sandbox, &user::state_directory()));
+        wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
     }
     for container in [&first, &second] {
         container.start();
@@ -932,22 +927,20 @@ fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
     give(&second, 3);
     assert_backup_rule(&second, &paths, IpAddr::from([10, 0, 2, 3]));
     for container in [&first, &second] {
-        wait_until("the way out in status", AGENT_LIMIT, || {
-            eth1_of(&container.in_status(), "applied")["route"] == "ok"
-        });
+        wait_until("the way out in status", LIMIT, || eth1_of(&container.in_status(), "applied")["route"] == "ok");
         assert_eq!(container.in_status()["followed"], true);
     }
 
     // The first is gone with everything of it, whoever has begun to follow with it.
     assert_eq!(veths(), 4);
     first.kill_at_once();
-    wait_until("the end of the first one's interfaces", AGENT_LIMIT, || veths() == 2);
-    wait_until("the release of the first one", AGENT_LIMIT, || {
+    wait_until("the end of the first one's interfaces", LIMIT, || veths() == 2);
+    wait_until("the release of the first one", LIMIT, || {
         first.status()["containers"].as_array().is_some_and(|containers| containers.len() == 1)
     });
     let user = format!("nsenter --target {} --user --net ip", second.pid());
     sandbox.sh(&format!("{user} address del 10.0.2.3/24 dev eth1"));
-    wait_until("no endpoint", AGENT_LIMIT, || sandbox.endpoints(&second.netns()).is_empty());
+    wait_until("no endpoint", LIMIT, || sandbox.endpoints(&second.netns()).is_empty());
     give(&second, 4);
     // Started again it is another container, and followed anew.
     first.start();
@@ -955,7 +948,7 @@ fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
     for container in [&first, &second] {
         container.stop();
     }
-    wait_until("the end of all interfaces", AGENT_LIMIT, || veths() == 0);
+    wait_until("the end of all interfaces", LIMIT, || veths() == 0);
     wait_until_user_is_released(&sandbox);
     if let Some(agent) = &mut agent {
         assert!(agent.is_running(), "{}", agent.stderr());

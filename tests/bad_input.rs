@@ -176,7 +176,7 @@ fn a_process_that_is_dead() {
     let mut world = World::new(&sandbox);
     // The shell becomes a program that never waits for its child.
     let parent = sandbox.spawn(&["sh", "-c", "/bin/sh -c 'echo $$' & exec sleep 1000"]);
-    let zombie = wait_for("a zombie", Duration::from_secs(180), || {
+    let zombie = wait_for("a zombie", LIMIT, || {
         let pid: u32 = parent.stdout().trim().parse().ok()?;
         let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).ok()?;
         stat.contains(") Z ").then_some(pid)
@@ -228,10 +228,8 @@ fn a_recycled_pid_is_another_process() {
     );
     let other = sandbox.spawn(&["sh", "-ec", &script]);
     // The kernel notices when it gets to it, and what is compared has the links' states.
-    wait_until("links that are up", Duration::from_secs(180), || {
-        sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2
-    });
-    wait_until("a process with the old pid", Duration::from_secs(180), || other.stdout().contains("ready"));
+    wait_until("links that are up", LIMIT, || sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2);
+    wait_until("a process with the old pid", LIMIT, || other.stdout().contains("ready"));
     let theirs = || {
         let netns = Netns::named("other");
         (sandbox.endpoints(&netns), sandbox.sysctl(&netns, "net/mptcp/stale_loss_cnt"))

@@ -14,9 +14,6 @@ use common::*;
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
-/// How long anything here may take to show.
-const LIMIT: Duration = Duration::from_secs(180);
-
 /// A `capture` under way. Dropping it ends it.
 struct Listening {
     running: Running,
@@ -238,7 +235,7 @@ fn real_traffic_is_read_as_tshark_reads_it() {
         // Taken back while the connection lives: REMOVE_ADDR.
         let announced = format!("ip mptcp endpoint flush; ip mptcp endpoint add 10.0.1.1 signal port {port}");
         sandbox.sh_in(paths.server(), &announced);
-        assert!(sender.finish(TRANSFER_LIMIT).mptcp);
+        assert!(sender.finish(LIMIT).mptcp);
         sandbox.hook(&["apply", CTR[0], CTR[1], "--interface", "eth1=backup"]).ok();
     }
     wait_until("all is written", LIMIT, || tshark(&file, &["frame.number"]).len() == all.packets().len());
@@ -322,7 +319,7 @@ fn interfaces_that_come_later() {
     let _server = Server::start(&sandbox, paths.server());
     let capture = Listening::start(&sandbox, &[CTR[0], CTR[1], "--json"]);
     let connect = |name: &str| {
-        assert!(Sender::start(&sandbox, &ctr, [10, 7, 0, 1].into(), 10_000, None).finish(TRANSFER_LIMIT).mptcp);
+        assert!(Sender::start(&sandbox, &ctr, [10, 7, 0, 1].into(), 10_000, None).finish(LIMIT).mptcp);
         for direction in ["in", "out"] {
             capture
                 .wait_option("MP_CAPABLE", |packet, _| packet["interface"] == name && packet["direction"] == direction);

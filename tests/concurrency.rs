@@ -308,7 +308,7 @@ impl Crowd {
             done
             wait"#;
         let parent = sandbox.spawn(&["sh", "-ec", script, "sh", &size.to_string()]);
-        let lines = wait_for("processes in namespaces", Duration::from_secs(180), || {
+        let lines = wait_for("processes in namespaces", LIMIT, || {
             let out = parent.stdout();
             (out.ends_with('\n') && out.lines().count() == size).then_some(out)
         });
@@ -386,9 +386,7 @@ impl Crowd {
                 })
             })
             .collect();
-        wait_until("all hooks at the start", Duration::from_secs(180), || {
-            (0..calls.len()).all(|n| file(n, "ready").exists())
-        });
+        wait_until("all hooks at the start", LIMIT, || (0..calls.len()).all(|n| file(n, "ready").exists()));
         let mut pipes: Vec<_> = children.iter_mut().map(|child| child.stdin.take().expect("stdin is a pipe")).collect();
         let begin = Instant::now();
         for (pipe, call) in pipes.iter_mut().zip(calls) {
@@ -679,7 +677,7 @@ fn three_hundred_hooks_at_once_are_as_if_one_came_after_the_other() {
     let (again, looking): (Vec<usize>, Vec<usize>) = rest.into_iter().partition(|n| n % 9 < 6);
     let pids: Vec<String> = dying.iter().map(|n| crowd.pids[*n].to_string()).collect();
     crowd.sandbox.sh(&format!("kill -KILL {}", pids.join(" ")));
-    wait_until("the end of the killed", Duration::from_secs(180), || {
+    wait_until("the end of the killed", LIMIT, || {
         pids.iter().all(|pid| !crowd.sandbox.outside(&format!("/proc/{pid}")).exists())
     });
     dying.iter().for_each(|container| model.die(*container));
@@ -748,7 +746,7 @@ fn whoever_waits_for_a_stopped_hook_gives_up_at_the_deadline_and_names_it() {
     argv.extend(call.arguments);
     let stopped = crowd.sandbox.spawn(&argv);
     let lock = crowd.state_dir().join("locks").join(format!("setting:{}", KEYS[0].replace('.', "~")));
-    let pid = wait_for("a hook that has stopped with its locks", Duration::from_secs(180), || {
+    let pid = wait_for("a hook that has stopped with its locks", LIMIT, || {
         let has_stopped = std::fs::read_to_string(&log).is_ok_and(|log| log.contains("stopped by SIGSTOP"));
         let holder = std::fs::read_to_string(&lock).ok().filter(|_| has_stopped)?;
         Some(holder.trim().strip_suffix(')')?.rsplit_once("(pid ")?.1.to_owned())
@@ -793,7 +791,7 @@ fn whoever_waits_for_a_stopped_hook_gives_up_at_the_deadline_and_names_it() {
 
     // It goes on as if nothing had been.
     crowd.sandbox.sh(&format!("kill -CONT {pid}"));
-    stopped.wait(Duration::from_secs(180)).ok();
+    stopped.wait(LIMIT).ok();
     assert_eq!(crowd.values[0].current(), crowd.value(0, 0));
     let late = crowd.at_once("late", &[crowd.ask(&wish(1, &[0], "refuse"), false)]);
     assert_eq!(late[0].outcome.code, Some(3), "{}", late[0].outcome);

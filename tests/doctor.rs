@@ -9,9 +9,6 @@ use common::expectations::Running;
 use common::*;
 use serde_json::Value;
 
-/// How long a subflow may take to come up, or to show that it hangs.
-const LIMIT: Duration = Duration::from_secs(180);
-
 impl World<'_> {
     #[track_caller]
     fn doctor(&self) -> Diagnosis {

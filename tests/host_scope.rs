@@ -1182,7 +1182,7 @@ fn a_state_that_comes_late_leaves_less_of_the_deadline() {
 fn hold_lock(host: &Host) -> impl Sized {
     let lock = "/run/mptcp-hook/locks/setting:net~core~netdev_max_backlog";
     let held = host.sandbox.spawn(&["flock", "--close", lock, "sh", "-c", "echo locked >/run/locked; sleep 1000"]);
-    wait_until("the lock", Duration::from_secs(180), || host.sandbox.outside("/run/locked").exists());
+    wait_until("the lock", LIMIT, || host.sandbox.outside("/run/locked").exists());
     held
 }
 

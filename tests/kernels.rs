@@ -304,7 +304,7 @@ fn a_live_connection_learns_of_each_change_by_mp_prio() {
         let seen = capture.prios().len();
         sandbox.hook(&["apply", web.id(), "--interface", wish]).ok();
         assert_only_endpoint(&sandbox, &ctr(), [10, 0, 2, 2], names);
-        let prio = wait_for("an MP_PRIO option", Duration::from_secs(180), || capture.prios().get(seen).cloned());
+        let prio = wait_for("an MP_PRIO option", LIMIT, || capture.prios().get(seen).cloned());
         assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
     }

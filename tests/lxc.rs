@@ -190,7 +190,7 @@ fn start_host_shipped_include_with_a_per_container_file() {
     let _server = Server::start(&sandbox, paths.server());
     last.start();
     assert_eq!(sandbox.endpoints_on(&last.netns(), "eth0").len(), 1);
-    last.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+    last.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
     assert!(capture.wait_join("br1").backup);
     last.stop();
     last.assert_ledger_is_empty();
@@ -306,7 +306,7 @@ fn start_host_without_an_address_is_pending_until_apply() {
         assert_eq!(container.eth1_in_status("applied")["route"], "ok");
         container.assert_only_endpoint("10.0.2.2", &["backup", "subflow"]);
         let joins = capture.joins().len();
-        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
         assert!(capture.wait_join("br1").backup);
         assert!(capture.joins().len() > joins);
         container.stop();
@@ -341,7 +341,7 @@ fn apply_switches_the_live_connections_of_an_lxc_container() {
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
     }
     assert_eq!(sandbox.endpoints(&container.netns())[0].id, id, "the endpoint was replaced");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     container.stop();
     container.assert_ledger_is_empty();
 }
@@ -453,7 +453,7 @@ fn start_host_tentative_ipv6_is_added_at_once() {
     let join = capture.wait_join("br1");
     assert_eq!((join.source, join.backup), ("fd00:2::2".parse().expect("an address"), true));
     paths.cut("br0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     container.stop();
     container.assert_ledger_is_empty();
 }
@@ -489,7 +489,7 @@ fn a_reboot_from_inside_sets_the_container_up_again() {
         let in_status = container.in_status();
         assert_eq!((&in_status["pid"], &in_status["live"]), (&json!(container.pid()), &json!(true)));
         let joins = capture.joins().len();
-        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+        container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
         assert!(capture.wait_join("br1").backup && capture.joins().len() > joins);
         // The hooks of a reboot have left this mark, too.
         let _ = std::fs::remove_file(container.end_mark());
@@ -732,7 +732,7 @@ fn the_hook_keeps_nobody_waiting() {
     wait_until("the container in the foreground", ENGINE_LIMIT, || foreground.state() == "RUNNING");
     foreground.assert_only_endpoint("10.0.2.2", &["backup", "subflow"]);
     let _server = Server::start(&sandbox, paths.server());
-    assert!(foreground.send(paths.address(), 1_000_000, None).finish(TRANSFER_LIMIT).mptcp);
+    assert!(foreground.send(paths.address(), 1_000_000, None).finish(LIMIT).mptcp);
     foreground.stop();
     let outcome = running.wait(ENGINE_LIMIT);
     assert!(!outcome.stdout.contains("mptcp-hook") && !outcome.stderr.contains("mptcp-hook"), "{outcome}");

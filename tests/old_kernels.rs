@@ -3,16 +3,11 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
 use serde_json::Value;
 
 /// A user of the machine who is not root: no real one has this uid.
 const USER: u32 = 61_234;
-
-/// How long something may take that is not measured, on a machine with much else to do.
-const LIMIT: Duration = Duration::from_secs(180);
 
 /// The system calls that came with Linux 4.11 (statx) or after 4.14, which had none of its own. Those that strace does not
 /// know, it need not answer.

@@ -3,13 +3,9 @@
 mod common;
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use common::*;
 use serde_json::{Value, json};
-
-/// How long the clean-up that conmon starts after a container's end may take.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(180);
 
 /// Nobody is to see to it later.
 const NEVER: &str = "--annotation=mptcp-hook/follow=never";
@@ -52,7 +48,7 @@ fn assert_nothing_is_left(sandbox: &Sandbox) {
 /// conmon runs the clean-up, and with it poststop, some time after the container's end.
 #[track_caller]
 fn wait_for_empty_ledger(sandbox: &Sandbox) {
-    wait_until("an empty ledger", CLEAN_UP_LIMIT, || sandbox.status()["containers"] == json!([]));
+    wait_until("an empty ledger", LIMIT, || sandbox.status()["containers"] == json!([]));
     assert_nothing_is_left(sandbox);
 }
 
@@ -105,7 +101,7 @@ fn podman_either_default_route_first_with_both_interfaces_named(runtime: Runtime
         let script = format!("ip -4 route flush default; {}{}", add(first, "add"), add(second, "append"));
         sandbox.sh_in(&netns, &script);
         let capture = Capture::start(&sandbox, paths.server());
-        assert!(container.send(paths.address(), 10_000_000, RATE).finish(TRANSFER_LIMIT).mptcp);
+        assert!(container.send(paths.address(), 10_000_000, RATE).finish(LIMIT).mptcp);
         let join = capture.wait_join(&second.replace("eth", "br"));
         assert_eq!(join.backup, second == "eth1", "the first route is {first}'s");
         let (over_0, over_1) = (capture.payload_received("br0"), capture.payload_received("br1"));
@@ -194,7 +190,7 @@ fn podman_network_of_another_container_whose_owner_stops_first(runtime: Runtime)
     podman.start_on_both("owner", &[BACKUP]);
     let guest = podman.start("guest", &["--network=container:owner", BACKUP]);
     podman.podman(&["stop", "--time=0", "owner"]).ok();
-    wait_until("the clean-up of the owner", CLEAN_UP_LIMIT, || {
+    wait_until("the clean-up of the owner", LIMIT, || {
         sandbox.status()["containers"].as_array().map(Vec::len) == Some(1)
     });
     eth1_of(&sandbox.status_of(guest.id()), "drifted");
@@ -247,7 +243,7 @@ fn podman_network_by_the_path_of_a_process(runtime: Runtime) {
     let pid_file = sandbox.dir().join("holder.pid");
     let script = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", pid_file.display());
     let _holder = sandbox.spawn_in(&ctr, &["sh", "-c", &script]);
-    let pid = wait_for("the holder's pid", CLEAN_UP_LIMIT, || std::fs::read_to_string(&pid_file).ok());
+    let pid = wait_for("the holder's pid", LIMIT, || std::fs::read_to_string(&pid_file).ok());
     let network = format!("--network=ns:/proc/{}/ns/net", pid.trim());
 
     let container = podman.start("web", &[&network, BACKUP]);
@@ -500,7 +496,7 @@ fn podman_rootless_upstream_backup_join_traffic(runtime: Runtime) {
     assert_eq!(sandbox.run(&["test", "-e", "/run/mptcp-hook"]).code, Some(1), "it wrote to root's ledger");
 
     let transfer = rootless.send("web", paths.address(), 5_000_000, 5_000_000);
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     assert!(capture.wait_join("eth1").backup);
     let (first, second) = (capture.payload_received("eth0"), capture.payload_received("eth1"));
     assert!(second * 20 < first, "payload over the backup path eth1: {second} bytes, over eth0: {first}");

@@ -12,16 +12,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
 use common::*;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-/// How long a hook may take to get to where it is held, or to its end.
-const LIMIT: Duration = Duration::from_secs(180);
 
 /// CAP_DAC_READ_SEARCH, CAP_NET_BROADCAST, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN (`include/uapi/linux/capability.h`).
 const WORKING: u64 = 1 << 2 | 1 << 11 | 1 << 12 | 1 << 19 | 1 << 21;

@@ -374,9 +374,7 @@ fn repair_waits_for_locks_until_the_deadline() {
     let only = world.holder("only", 1);
     let lock = format!("{STATE}/locks/setting:net~core~rmem_max");
     let held = world.sandbox.spawn(&["flock", "--no-fork", &lock, "sleep", "1000"]);
-    wait_until("the lock", std::time::Duration::from_secs(180), || {
-        world.sandbox.run(&["flock", "--nonblock", &lock, "true"]).code != Some(0)
-    });
+    wait_until("the lock", LIMIT, || world.sandbox.run(&["flock", "--nonblock", &lock, "true"]).code != Some(0));
     let said = world.sandbox.hook(&["repair"]).fails_with(1);
     assert!(said.contains("in use by") && said.contains("net~core~rmem_max"), "{said}");
     drop(held);

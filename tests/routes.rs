@@ -4,16 +4,10 @@
 mod common;
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::*;
 use serde_json::{Value, json};
-
-/// What the agent may take on a machine with much else to do.
-const LIMIT: Duration = Duration::from_secs(180);
-
-/// How long a transfer may take.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(180);
 
 /// Deadlines are not what is tested, and a machine may have no processor for a hook for seconds.
 const PATIENT: &str = "deadline = 60.0\n";
@@ -207,7 +201,7 @@ fn crun_second_uplink_without_default_route_carries_the_failover() {
 
     let without = bundle("without", &BACKUP);
     assert_eq!(eth1(&sandbox, without.id())["route"], "missing");
-    without.send(paths.address(), 5_000_000, Some(10_000_000)).finish(TRANSFER_LIMIT);
+    without.send(paths.address(), 5_000_000, Some(10_000_000)).finish(LIMIT);
     assert!(capture.joins().iter().all(|join| join.interface != "eth1"), "{:?}", capture.joins());
     without.delete();
     assert_eq!(routing(&sandbox, &ctr()), before);
@@ -222,7 +216,7 @@ fn crun_second_uplink_without_default_route_carries_the_failover() {
     assert_eq!(capture.payload_received("eth1"), 0);
     let counted = paths.received("eth1");
     paths.cut("eth0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     let (seen, counted) = (capture.payload_received("eth1"), paths.received("eth1") - counted);
     assert!(seen > 2_000_000, "after the cut only {seen} bytes went over eth1");
     assert!(counted >= seen, "{counted} bytes counted by the interface, {seen} seen");
@@ -263,7 +257,7 @@ fn a_server_that_signals_under_strict_rp_filter_gets_its_second_subflow() {
 
     web.oci(&signal).ok();
     assert_eq!(eth1(&sandbox, web.id())["route"], "missing");
-    send(3_000_000, 3_000_000).finish(TRANSFER_LIMIT);
+    send(3_000_000, 3_000_000).finish(LIMIT);
     assert_eq!(server.wait_received(1), ["received 3000000 bytes mptcp=yes subflows=1"]);
     sandbox.hook(&["release", web.id()]).ok();
 

@@ -97,7 +97,7 @@ fn createruntime_ipv6_in_a_namespace_of_the_runtime(runtime: Runtime) {
     assert_eq!((join.source, join.backup), ("fd00:2::2".parse().expect("an address"), true));
     assert_eq!(capture.payload_received("eth1"), 0);
     paths.cut("eth0");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     let over_backup = capture.payload_received("eth1");
     assert!(over_backup > 2_000_000, "after the cut only {over_backup} bytes went over eth1");
 
@@ -139,7 +139,7 @@ fn createcontainer_works(runtime: Runtime, edit: impl FnOnce(&mut Value)) {
     assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
     assert_eq!(sandbox.endpoints(&Netns::Host), []);
     assert_eq!(sandbox.status_of(container.id())["pid"], container.pid());
-    let report = container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+    let report = container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
     assert!(report.mptcp);
     assert!(capture.wait_join("eth1").backup);
 
@@ -222,8 +222,7 @@ fn createruntime_signal_server_announces_its_backup_address(runtime: Runtime) {
     let port = traffic::PORT.to_string();
     let server = Server::attach(container.exec(&[traffic::PROGRAM, "serve", "--port", &port]));
     let first_address = IpAddr::from([10, 0, 1, 2]);
-    let report =
-        Sender::start(&sandbox, paths.server(), first_address, 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+    let report = Sender::start(&sandbox, paths.server(), first_address, 5_000_000, Some(5_000_000)).finish(LIMIT);
     assert!(report.mptcp);
     assert_eq!(server.wait_received(1), ["received 5000000 bytes mptcp=yes subflows=2"]);
     let packets = capture.packets();
@@ -369,13 +368,13 @@ fn createruntime_missing_route_is_said_and_mended(runtime: Runtime) {
     assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "missing");
     let log = journal.entries().join("\n");
     assert!(log.contains("eth1") && log.contains("route"), "the journal has: {log}");
-    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
     assert_eq!(capture.joins(), []);
 
     sandbox.sh_in(&container_netns(), "ip route add default via 10.0.2.1 dev eth1 metric 200");
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
     assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "ok");
-    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(TRANSFER_LIMIT);
+    container.send(paths.address(), 5_000_000, Some(5_000_000)).finish(LIMIT);
     assert!(capture.wait_join("eth1").backup);
 
     container.delete();
@@ -470,7 +469,7 @@ fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
         assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
     }
     assert_eq!(sandbox.endpoints(&container_netns())[0].id, id_before, "the endpoint was replaced");
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
 
     container.delete();
     sandbox.assert_ledger_is_empty();

@@ -8,8 +8,6 @@ use std::time::{Duration, Instant};
 use common::*;
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(180);
-
 /// Starts systemd with `$1` as its cgroup, `$2` as /usr/local/bin/mptcp-hook and `$3` as its units, besides the few targets
 /// that it needs itself. Nothing of the machine's own services is visible, and nothing is written outside the sandbox.
 const BOOT: &str = r#"

@@ -9,13 +9,9 @@ mod common;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use common::*;
 use serde_json::{Value, json};
-
-/// How long a subflow may take to come up, or to show that it hangs.
-const LIMIT: Duration = Duration::from_secs(180);
 
 /// Slow enough to last through a test, in bytes per second.
 const SLOW: u64 = 20_000;
@@ -364,7 +360,7 @@ fn second_path_works_by_routes_auto<'a>(world: &World, start: impl Fn(Wish) -> B
     transfer.wait_sent(1_000_000);
     assert!(counted("eth1") - inside < 100_000, "{} bytes left by the backup path", counted("eth1") - inside);
     paths.cut(first_end);
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     wait_until("the server's word", LIMIT, || {
         server.received().iter().any(|line| line.starts_with("received 8000000 bytes mptcp=yes"))
     });
@@ -431,7 +427,7 @@ fn server_gets_its_second_subflow<'a>(world: &World, start: impl Fn(Wish) -> Box
     found.is_clean();
     assert_eq!(subflow_by(&found.json["subflows"], "eth1")["state"], "ESTAB");
     drop(sender);
-    connect(&*web, 3_000_000, 600_000).finish(TRANSFER_LIMIT);
+    connect(&*web, 3_000_000, 600_000).finish(LIMIT);
     // A runtime may pass on what a program prints after the program's peer has gone.
     wait_until("the server's word", LIMIT, || {
         server.received().iter().any(|line| line == "received 3000000 bytes mptcp=yes subflows=2")

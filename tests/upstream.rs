@@ -430,7 +430,7 @@ fn addresses_that_no_subflow_can_use_are_left_out() {
          echo 2 >/proc/sys/net/ipv6/conf/eth1/use_tempaddr
          ip addr add fd00:7::2/64 dev eth1 nodad mngtmpaddr valid_lft 100000 preferred_lft 50000
          ip addr add fd00:5::9/64 dev eth1");
-    wait_until("the duplicate and the temporary address", Duration::from_secs(180), || {
+    wait_until("the duplicate and the temporary address", LIMIT, || {
         let addresses = world.sh("ip -6 addr show dev eth1");
         addresses.contains("dadfailed") && addresses.contains("temporary")
     });

@@ -8,10 +8,7 @@ use serde_json::{Value, json};
 
 use super::enter::{self, Process};
 use super::sandbox::{Netns, Outcome, Sandbox};
-use super::wait_until;
-
-/// How long a process may take to start or end.
-const PROCESS_LIMIT: Duration = Duration::from_secs(180);
+use super::{LIMIT, wait_until};
 
 /// A sleeping process as a container.
 pub struct Bare<'a> {
@@ -110,7 +107,7 @@ impl<'a> Bare<'a> {
     #[track_caller]
     pub fn kill(&mut self) {
         self.process.take();
-        wait_until("the end of a killed process", PROCESS_LIMIT, || {
+        wait_until("the end of a killed process", LIMIT, || {
             !self.sandbox.outside(&format!("/proc/{}", self.pid)).exists()
         });
     }

@@ -18,7 +18,7 @@ use nix::sys::socket::{
 };
 
 use super::sandbox::{Netns, Sandbox};
-use super::{wait_for, wait_until};
+use super::{LIMIT, wait_for, wait_until};
 
 /// The number of MPTCP among TCP's options.
 const OPTION_MPTCP: u8 = 30;
@@ -131,7 +131,7 @@ impl Capture {
         assert_eq!(dropped, 0, "the capture lost packets");
         // What has come is all recorded when the socket holds nothing and the reader is not busy with what it took.
         let waits = || poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], 0u16).unwrap_or(0) != 0;
-        wait_until("an end of the packets", Duration::from_secs(180), || !waits());
+        wait_until("an end of the packets", LIMIT, || !waits());
         self.packets.lock().expect("the reader does not panic").clone()
     }
 
@@ -143,9 +143,7 @@ impl Capture {
     /// The MP_JOIN SYN that came from, or went to, `interface`; waits for it.
     #[track_caller]
     pub fn wait_join(&self, interface: &str) -> Join {
-        wait_for("an MP_JOIN SYN", Duration::from_secs(180), || {
-            self.joins().into_iter().find(|join| join.interface == interface)
-        })
+        wait_for("an MP_JOIN SYN", LIMIT, || self.joins().into_iter().find(|join| join.interface == interface))
     }
 
     /// The MP_PRIO options until now.

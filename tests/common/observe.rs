@@ -13,7 +13,7 @@ use nix::net::if_::InterfaceFlags;
 use serde_json::Value;
 
 use super::sandbox::{Netns, Sandbox};
-use super::{wait_for, wait_until};
+use super::{LIMIT, wait_for, wait_until};
 
 /// Whether the kernel has put its IPv6 routes for all links and addresses of this thread's network namespace.
 fn is_settled() -> bool {
@@ -131,7 +131,7 @@ impl Sandbox {
     /// own by that when it gets to it, and tests compare all routes before with all routes after.
     #[track_caller]
     pub fn settle(&self, netns: &Netns) {
-        wait_until("links and addresses that are settled", Duration::from_secs(180), || self.inside(netns, is_settled));
+        wait_until("links and addresses that are settled", LIMIT, || self.inside(netns, is_settled));
     }
 
     /// `mptcp-hook status --json`.

@@ -20,10 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use super::expectations::{Kind, Running};
 use super::oci::HookEntry;
 use super::sandbox::{Netns, Sandbox};
-use super::wait_until;
-
-/// How long the kernel may take to notice that a link is up.
-const LINK_LIMIT: Duration = Duration::from_secs(180);
+use super::{LIMIT, wait_until};
 
 /// How a container is wired to the server.
 #[derive(Clone, Debug)]
@@ -127,7 +124,7 @@ fn wait_for_links() {
             addresses.lines().any(|line| line.starts_with("fe80") && line.split_whitespace().last() == Some(name));
         read(format!("/sys/class/net/{name}/operstate")).trim() == "up" && (own || !by_itself)
     };
-    wait_until("links that are up", LINK_LIMIT, || is_ready("eth0") && is_ready("eth1"));
+    wait_until("links that are up", LIMIT, || is_ready("eth0") && is_ready("eth1"));
 }
 
 /// The server's side of two paths; see the module's description.

@@ -6,10 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Capture, Netns, Sandbox, Sender, Server, TwoPaths};
-
-/// How long a transfer of these tests may take, a failover included.
-pub const TRANSFER_LIMIT: Duration = Duration::from_secs(180);
+use super::{Capture, LIMIT, Netns, Sandbox, Sender, Server, TwoPaths};
 
 /// Slow enough that the second subflow is there long before the end, in bytes per second.
 pub const RATE: u64 = 20_000_000;
@@ -46,7 +43,7 @@ pub fn assert_backup_path(
     source: impl Into<IpAddr>,
     send: impl Fn(IpAddr, u64, Option<u64>) -> Sender,
 ) {
-    let report = send(paths.address(), 10_000_000, Some(RATE)).finish(TRANSFER_LIMIT);
+    let report = send(paths.address(), 10_000_000, Some(RATE)).finish(LIMIT);
     assert!(report.mptcp);
     assert_eq!(report.subflows, 2);
     assert_eq!(server.wait_received(1), ["received 10000000 bytes mptcp=yes subflows=2"]);
@@ -64,7 +61,7 @@ pub fn assert_backup_path(
     let mut transfer = send(paths.address(), 8_000_000, Some(2_000_000));
     transfer.wait_sent(1_000_000);
     paths.cut(first);
-    assert!(transfer.finish(TRANSFER_LIMIT).mptcp);
+    assert!(transfer.finish(LIMIT).mptcp);
     let [main, backup] = [first, second].map(|interface| capture.payload_received(interface));
     let left = 8_000_000_u64.saturating_sub(main - before[0]);
     assert!(left > 500_000, "the cut came too late to show anything: only {left} bytes were left");

@@ -22,10 +22,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use super::enter::{self, Namespaces, Process};
-use super::hook;
-
-/// How long a sandbox may take to end its processes and remove its cgroups.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(180);
+use super::{LIMIT, hook};
 
 /// How long a command in a sandbox may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(600);
@@ -409,7 +406,7 @@ impl Sandbox {
 impl Drop for Sandbox {
     fn drop(&mut self) {
         drop(self.lifeline.take());
-        let deadline = Instant::now() + CLEAN_UP_LIMIT;
+        let deadline = Instant::now() + LIMIT;
         let status = loop {
             match self.holder.try_wait() {
                 Ok(Some(status)) => break Some(status),

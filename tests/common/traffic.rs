@@ -6,16 +6,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::sandbox::{Netns, Running, Sandbox};
-use super::{traffic_program, wait_for};
+use super::{LIMIT, traffic_program, wait_for};
 
 /// Where a container's root filesystem has the program.
 pub const PROGRAM: &str = "/mptcp-traffic";
 
 /// The port of the servers; every server has a namespace of its own.
 pub const PORT: u16 = 5000;
-
-/// How long a server may take to start and a connection to show progress.
-const PROGRESS_LIMIT: Duration = Duration::from_secs(180);
 
 /// After how many seconds a sender ends itself: longer than any test waits, a slow guest's included.
 const SENDER_TIMEOUT: &str = "600";
@@ -50,7 +47,7 @@ impl Server {
 
     /// A server that something else started, such as a runtime inside a container.
     pub fn attach(mut process: Running) -> Self {
-        wait_for("a server that listens", PROGRESS_LIMIT, || {
+        wait_for("a server that listens", LIMIT, || {
             assert!(process.is_running(), "the server ended: {}{}", process.stdout(), process.stderr());
             process.stdout().contains("listening").then_some(())
         });
@@ -65,7 +62,7 @@ impl Server {
     /// [`Server::received`] when there are as many lines: they can come later than the sender's end.
     #[track_caller]
     pub fn wait_received(&self, lines: usize) -> Vec<String> {
-        wait_for("the server's word", PROGRESS_LIMIT, || Some(self.received()).filter(|all| all.len() >= lines))
+        wait_for("the server's word", LIMIT, || Some(self.received()).filter(|all| all.len() >= lines))
     }
 
     /// The lines `received N bytes ...` until now, one per finished connection.
@@ -131,7 +128,7 @@ impl Sender {
     /// Waits until `bytes` are on their way.
     #[track_caller]
     pub fn wait_sent(&mut self, bytes: u64) {
-        wait_for("progress of the transfer", PROGRESS_LIMIT, || {
+        wait_for("progress of the transfer", LIMIT, || {
             let running = self.process.is_running();
             if self.sent() >= bytes {
                 return Some(());
@@ -147,7 +144,7 @@ impl Sender {
     #[track_caller]
     pub fn wait_blocked(&mut self) {
         let mut last = (self.sent(), Instant::now());
-        wait_for("a sender that is kept waiting", PROGRESS_LIMIT, || {
+        wait_for("a sender that is kept waiting", LIMIT, || {
             assert!(self.process.is_running(), "{}{}", self.process.stdout(), self.process.stderr());
             let now = self.sent();
             if now != last.0 {
@@ -160,7 +157,7 @@ impl Sender {
     /// Waits until every byte is written and the connection only held open (`--hold`).
     #[track_caller]
     pub fn wait_holding(&mut self) {
-        wait_for("the end of the transfer's bytes", PROGRESS_LIMIT, || {
+        wait_for("the end of the transfer's bytes", LIMIT, || {
             assert!(self.process.is_running(), "{}{}", self.process.stdout(), self.process.stderr());
             self.process.stdout().contains("holding ").then_some(())
         });

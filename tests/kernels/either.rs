@@ -1,16 +1,11 @@
 //! What the hook does with either Multipath TCP, whichever the kernel has: multipath-tcp.org's interface flags and
 //! host-wide settings, or upstream's endpoints and settings of the namespace.
 
-use std::time::Duration;
-
 use serde_json::json;
 
 use super::common::expectations::{Kind, Running};
 use super::common::*;
 use super::ctr;
-
-/// How long anything here may take to show.
-const LIMIT: Duration = Duration::from_secs(180);
 
 /// What multipath-tcp.org's kernels show of an interface that is a backup, of those bits that are MPTCP's.
 const BACKUP_BIT: u32 = 0x10_0000;
