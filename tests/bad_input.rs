@@ -541,12 +541,7 @@ fn mptcp_is_switched_off_in_the_namespace() {
 fn a_kernel_without_mptcp() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    let masked = "mkdir -p /run/sys/kernel/random
-        for file in kernel/random/boot_id kernel/osrelease kernel/overflowuid; do cat /proc/sys/$file >/run/sys/$file; done
-        mount --bind /run/sys /proc/sys
-        exec \"$@\"";
-    let outcome =
-        hook_behind(&world, &["unshare", "--mount", "sh", "-ec", masked, "sh"], &["--interface", "eth1=backup"]);
+    let outcome = hook_behind(&world, WITHOUT_MPTCP, &["--interface", "eth1=backup"]);
     world.assert_failed(&outcome, 1, &[world.container.id(), "no MPTCP", "kernel"]);
 }
 

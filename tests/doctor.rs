@@ -1115,7 +1115,7 @@ fn doctor_of_a_host_that_has_mptcp_switched_off_for_itself() {
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     let host = || Diagnosis::of(&sandbox, &[]);
     let off = || sandbox.sh("echo 0 >/proc/sys/net/mptcp/enabled");
-    sandbox.policy("host-namespace = \"allow\"\n");
+    sandbox.patient_policy("host-namespace = \"allow\"\n");
     sandbox.sh("ip link add eth7 type veth peer name far7; ip addr add 10.0.7.2/24 dev eth7; ip link set eth7 up");
     let inside = Bare::in_netns(&sandbox, "inside", &Netns::Host);
     inside.oci(&["--interface", "eth7=subflow", "--follow", "never"]).ok();

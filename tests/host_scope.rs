@@ -867,14 +867,12 @@ fn in_a_user_namespace_the_hosts_values_are_out_of_reach() {
     let host = Host::of(RMEM);
     let before = host.value.current();
     let script = format!(
-        "unshare --net sh -c 'echo $$; exec sleep 1000' >/run/pid &
-         while ! [ -s /run/pid ]; do sleep 0.02; done
-         printf '{{\"ociVersion\":\"1.0.2\",\"id\":\"rootless\",\"status\":\"created\",\"pid\":%s,\"bundle\":\"/b\"}}' \"$(cat /run/pid)\" |
+        "printf '{{\"ociVersion\":\"1.0.2\",\"id\":\"rootless\",\"status\":\"created\",\"pid\":%s,\"bundle\":\"/b\"}}' $pid |
            {} oci --state-dir /run/user-ledger --sysctl {RMEM}={}",
         hook().display(),
         host.another(1)
     );
-    let outcome = host.sandbox.run(&["unshare", "--user", "--map-root-user", "sh", "-c", &script]);
+    let outcome = in_user_namespace(&host.sandbox, &script);
     assert_eq!(outcome.code, Some(3), "{outcome}");
     assert!(outcome.stderr.contains("user namespace"), "{outcome}");
     assert_eq!(host.value.current(), before);

@@ -13,7 +13,6 @@ mod suite;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -228,19 +227,12 @@ fn link_flags(differences: &mut Differences) {
 fn permissions_in_a_user_namespace() {
     let sandbox = Sandbox::new();
     let script = format!(
-        "unshare --net sh -c 'echo $$; exec sleep 1000' >/run/pid &
-         while ! [ -s /run/pid ]; do sleep 0.02; done
-         pid=$(cat /run/pid)
-         inside() {{ nsenter --target $pid --net \"$@\"; }}
-         inside ip link add eth1 type veth peer name far
-         inside ip addr add 10.0.2.2/24 dev eth1
-         inside ip link set eth1 up
-         {} apply --pid $pid --state-dir /run/ledger --interface eth1=backup || echo status $?
+        "{} apply --pid $pid --state-dir /run/ledger --interface eth1=backup || echo status $?
          inside ip mptcp endpoint show || :
          kill $pid",
         hook().display()
     );
-    let outcome = sandbox.run(&["unshare", "--user", "--map-root-user", "sh", "-ec", &script]);
+    let outcome = in_user_namespace(&sandbox, &script);
     let running = Running::look();
     let shown = outcome.to_string();
     let out = outcome.ok();
@@ -257,38 +249,27 @@ fn permissions_in_a_user_namespace() {
     assert_eq!(out.contains("status "), refused, "{shown}");
 }
 
-/// The container of the tests with traffic.
-fn ctr() -> Netns {
-    Netns::named("ctr")
-}
-
 /// Applied by the hook with a state, the join on the second path has the backup bit, and the path takes over.
-fn backup_path(wiring: &Wiring, source: impl Into<IpAddr>) {
+#[test]
+fn a_backup_path_joins_with_the_backup_bit_and_takes_over() {
     let sandbox = Sandbox::new();
-    let paths = TwoPaths::with_container_netns(&sandbox, wiring);
-    let web = Bare::in_netns(&sandbox, "web", &ctr());
+    let World { paths, web, .. } = World::new(&sandbox);
     web.oci(&["--interface", "eth1=backup"]).ok();
     let server = Server::start(&sandbox, paths.server());
     let capture = Capture::start(&sandbox, paths.server());
     let send = |_, bytes, rate| Sender::start(&sandbox, &ctr(), paths.address(), bytes, rate);
-    assert_backup_path(&paths, &server, &capture, ["eth0", "eth1"], source, send);
+    assert_backup_path(&paths, &server, &capture, ["eth0", "eth1"], [10, 0, 2, 2], send);
     paths.mend("eth0");
     sandbox.hook(&["release", web.id()]).ok();
     assert_eq!(sandbox.endpoints(&ctr()), []);
     sandbox.assert_ledger_is_empty();
 }
 
-#[test]
-fn a_backup_path_joins_with_the_backup_bit_and_takes_over() {
-    backup_path(&Wiring::new(), [10, 0, 2, 2]);
-}
-
 /// Live connections learn of each change by MP_PRIO, and the endpoint stays the same.
 #[test]
 fn a_live_connection_learns_of_each_change_by_mp_prio() {
     let sandbox = Sandbox::new();
-    let paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
-    let web = Bare::in_netns(&sandbox, "web", &ctr());
+    let World { paths, web, .. } = World::new(&sandbox);
     web.oci(&["--interface", "eth1=backup"]).ok();
     let _server = Server::start(&sandbox, paths.server());
     let capture = Capture::start(&sandbox, paths.server());
@@ -296,19 +277,8 @@ fn a_live_connection_learns_of_each_change_by_mp_prio() {
     let mut transfer = Sender::start(&sandbox, &ctr(), paths.address(), 1 << 30, Some(200_000));
     transfer.wait_sent(1);
     assert!(capture.wait_join("eth1").backup);
-    assert_eq!(capture.prios(), []);
-    let id = sandbox.endpoints(&ctr())[0].id;
-    for (wish, names, backup) in
-        [("eth1=subflow", &["subflow"][..], false), ("eth1=backup", &["backup", "subflow"][..], true)]
-    {
-        let seen = capture.prios().len();
-        sandbox.hook(&["apply", web.id(), "--interface", wish]).ok();
-        assert_only_endpoint(&sandbox, &ctr(), [10, 0, 2, 2], names);
-        let prio = wait_for("an MP_PRIO option", LIMIT, || capture.prios().get(seen).cloned());
-        assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
-        assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
-    }
-    assert_eq!(sandbox.endpoints(&ctr())[0].id, id, "the endpoint was replaced");
+    let apply = |wish: &str| sandbox.hook(&["apply", web.id(), "--interface", wish]);
+    assert_switches(&sandbox, &ctr(), LIMIT, || capture.prios(), apply);
     let sent = transfer.sent();
     transfer.wait_sent(sent + 200_000);
     sandbox.hook(&["release", web.id()]).ok();
@@ -318,13 +288,9 @@ fn a_live_connection_learns_of_each_change_by_mp_prio() {
 
 /// What stands before a command so that it sees no MPTCP: nothing on a kernel that has none, else an empty /proc/sys.
 fn without_mptcp() -> &'static [&'static str] {
-    const MASK: &str = "mkdir -p /run/sys/kernel/random
-        for file in kernel/random/boot_id kernel/osrelease kernel/overflowuid; do cat /proc/sys/$file >/run/sys/$file; done
-        mount --bind /run/sys /proc/sys
-        exec \"$@\"";
     match Running::look().kind {
         Kind::None => &[],
-        Kind::Upstream | Kind::MptcpOrg => &["unshare", "--mount", "sh", "-ec", MASK, "sh"],
+        Kind::Upstream | Kind::MptcpOrg => WITHOUT_MPTCP,
     }
 }
 

@@ -328,19 +328,8 @@ fn apply_switches_the_live_connections_of_an_lxc_container() {
     assert!(capture.wait_join("br1").backup);
     // The bridges' ports see every packet once more.
     let prios = || capture.prios().into_iter().filter(|p| p.interface.starts_with("br")).collect::<Vec<_>>();
-    assert_eq!(prios(), []);
-    let id = sandbox.endpoints(&container.netns())[0].id;
-    for (wish, names, backup) in
-        [("eth1=subflow", &["subflow"][..], false), ("eth1=backup", &["backup", "subflow"], true)]
-    {
-        let seen = prios().len();
-        container.hook(&["apply", &container.name, "--interface", wish]).ok();
-        container.assert_only_endpoint("10.0.2.2", names);
-        let prio = wait_for("an MP_PRIO option", ENGINE_LIMIT, || prios().get(seen).cloned());
-        assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
-        assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
-    }
-    assert_eq!(sandbox.endpoints(&container.netns())[0].id, id, "the endpoint was replaced");
+    let apply = |wish: &str| container.hook(&["apply", &container.name, "--interface", wish]);
+    assert_switches(&sandbox, &container.netns(), ENGINE_LIMIT, prios, apply);
     assert!(transfer.finish(LIMIT).mptcp);
     container.stop();
     container.assert_ledger_is_empty();

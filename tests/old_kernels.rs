@@ -75,14 +75,9 @@ impl Old<'_> {
     }
 }
 
-fn ctr() -> Netns {
-    Netns::named("ctr")
-}
-
-/// The namespace `ctr` with two paths, of which the second has no default route, and a process in it.
-fn world<'a>(sandbox: &'a Sandbox, what: &str) -> Bare<'a> {
-    TwoPaths::with_container_netns(sandbox, &Wiring::new().without_second_route());
-    Bare::in_netns(sandbox, what, &ctr())
+/// A container on two paths, of which the second has no default route.
+fn container(sandbox: &Sandbox) -> Bare<'_> {
+    World::wired(sandbox, &Wiring::new().without_second_route()).web
 }
 
 /// What a container can change in `ctr`.
@@ -99,7 +94,7 @@ fn every_verb_works_without_newer_system_calls() {
     for error in ["ENOSYS", "EPERM"] {
         let sandbox = Sandbox::new();
         let old = Old { sandbox: &sandbox, error };
-        let mut web = world(&sandbox, "web");
+        let mut web = container(&sandbox);
         let before = state(&sandbox);
         let pid = web.pid().to_string();
         old.run(&[&["apply", "--pid", &pid, "--dry-run"], &WISH[..]].concat()).ok();
@@ -165,7 +160,7 @@ fn a_large_ledger_is_read_without_clone3() {
 fn socket_options_that_are_missing_are_done_without() {
     for call in ["getsockopt", "setsockopt"] {
         let sandbox = Sandbox::new();
-        let mut web = world(&sandbox, "web");
+        let mut web = container(&sandbox);
         let before = state(&sandbox);
         let trace = sandbox.dir().join("trace").display().to_string();
         let program = hook().display().to_string();
@@ -341,7 +336,7 @@ fn assert_clear(text: &str) {
 fn without_mptcp_each_verb_says_so_in_one_line() {
     let sandbox = Sandbox::new();
     let kernel = Without(&sandbox);
-    let web = world(&sandbox, "web");
+    let web = container(&sandbox);
     let before = state(&sandbox);
     let pid = web.pid().to_string();
 
@@ -403,7 +398,7 @@ fn without_mptcp_each_verb_says_so_in_one_line() {
 fn without_mptcp_the_policy_lets_the_container_start() {
     let sandbox = Sandbox::new();
     let kernel = Without(&sandbox);
-    let web = world(&sandbox, "web");
+    let web = container(&sandbox);
     let before = state(&sandbox);
     sandbox.policy("on-error = \"continue\"\n");
     let outcome = kernel.oci(&web, &WISH);
@@ -435,7 +430,7 @@ fn without_mptcp_a_container_that_asks_for_nothing_is_left_alone() {
 fn without_mptcp_containers_of_an_earlier_boot_are_let_go() {
     let sandbox = Sandbox::new();
     let kernel = Without(&sandbox);
-    let web = world(&sandbox, "web");
+    let web = container(&sandbox);
     let db = Bare::in_netns(&sandbox, "db", &ctr());
     // With systemd no hook starts an agent.
     sandbox.sh("mkdir -p /run/systemd/system");

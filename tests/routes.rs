@@ -9,9 +9,6 @@ use std::time::Instant;
 use common::*;
 use serde_json::{Value, json};
 
-/// Deadlines are not what is tested, and a machine may have no processor for a hook for seconds.
-const PATIENT: &str = "deadline = 60.0\n";
-
 /// eth1 as a backup path, with the next hop that it has on [`TwoPaths`].
 const GATEWAY: [&str; 2] = ["--interface", "eth1=backup,gateway=10.0.2.1"];
 
@@ -28,10 +25,6 @@ fn way_out(table: u32) -> Vec<String> {
         format!("default via 10.0.2.1 dev eth1 table {table} proto 109"),
         format!("10.0.2.0/24 dev eth1 table {table} proto 109 scope link"),
     ]
-}
-
-fn ctr() -> Netns {
-    Netns::named("ctr")
 }
 
 /// All rules and routes of a namespace, one in each line, without what differs from call to call.
@@ -82,10 +75,8 @@ impl<'a> World<'a> {
     }
 
     fn wired(sandbox: &'a Sandbox, wiring: &Wiring) -> Self {
-        TwoPaths::with_container_netns(sandbox, &wiring.clone().without_second_route());
+        let common::World { web, .. } = common::World::wired(sandbox, &wiring.clone().without_second_route());
         settle(sandbox);
-        sandbox.policy(PATIENT);
-        let web = Bare::in_netns(sandbox, "web", &ctr());
         let before = routing(sandbox, &ctr());
         Self { sandbox, web, before }
     }
@@ -245,7 +236,7 @@ fn a_server_that_signals_under_strict_rp_filter_gets_its_second_subflow() {
     paths.knows_neighbour("eth1", &ctr(), "eth1", [10, 0, 2, 2].into());
     sandbox.sh_in(&ctr(), "for i in all eth0 eth1; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done");
     settle(&sandbox);
-    sandbox.policy(PATIENT);
+    sandbox.patient_policy("");
     let before = routing(&sandbox, &ctr());
     let server = Server::start(&sandbox, &ctr());
     let web = Bare::in_netns(&sandbox, "server", &ctr());
@@ -408,14 +399,13 @@ struct Strict<'a> {
 impl<'a> Strict<'a> {
     fn new(sandbox: &'a Sandbox, which: &str, second_default: bool) -> Self {
         let wiring = if second_default { Wiring::new() } else { Wiring::new().without_second_route() };
-        let paths = TwoPaths::with_container_netns(sandbox, &wiring);
+        let common::World { paths, web, .. } = common::World::wired(sandbox, &wiring);
         let none = "for i in all eth0 eth1; do echo 0 >/proc/sys/net/ipv4/conf/$i/rp_filter; done";
         sandbox.sh_in(&ctr(), none);
         sandbox.sh_in(&ctr(), &format!("for i in {which}; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done"));
         settle(sandbox);
-        sandbox.policy(PATIENT);
         let _server = Server::start(sandbox, paths.server());
-        Self { sandbox, web: Bare::in_netns(sandbox, "web", &ctr()), paths, _server }
+        Self { sandbox, web, paths, _server }
     }
 
     #[track_caller]
@@ -856,7 +846,7 @@ fn an_annotation_needs_the_policys_word() {
     let conflict = conflict.unwrap_or_else(|| panic!("no conflict about routes in {conflicts:#?}"));
     assert_eq!((&conflict["outcome"], &conflict["wanted"]), (&json!("refused"), &json!("auto")));
 
-    sandbox.policy(&format!("{PATIENT}[annotations]\nroutes = true\n"));
+    sandbox.patient_policy("[annotations]\nroutes = true\n");
     asking.oci(&[]).ok();
     assert_eq!(world.ours(), way_out(7800));
     sandbox.hook(&["release", asking.id()]).ok();
@@ -866,7 +856,7 @@ fn an_annotation_needs_the_policys_word() {
     let stray =
         Bare::in_netns(&sandbox, "stray", &ctr()).annotation("mptcp-hook/interface.eth1", "backup,gateway=10.0.2.66");
     for (policy, arguments) in [("[defaults]\nroutes = \"auto\"\n", &[][..]), ("", &AUTO)] {
-        sandbox.policy(&format!("{PATIENT}{policy}"));
+        sandbox.patient_policy(policy);
         let refused = stray.oci(arguments);
         assert_eq!(refused.code, Some(3), "{refused}");
         assert!(refused.stderr.contains("names the gateway 10.0.2.66 for eth1"), "{refused}");
@@ -888,7 +878,7 @@ fn an_annotation_needs_the_policys_word() {
         sandbox.assert_ledger_is_empty();
     }
 
-    sandbox.policy(&format!("{PATIENT}[defaults]\nroutes = \"auto\"\n"));
+    sandbox.patient_policy("[defaults]\nroutes = \"auto\"\n");
     world.web.oci(&GATEWAY).ok();
     assert_eq!(world.ours(), way_out(7800));
     world.release_restores();

@@ -455,20 +455,8 @@ fn apply_switches_the_live_connections_of_a_container(runtime: Runtime) {
     let mut transfer = container.send(paths.address(), 60_000_000, Some(6_000_000));
     transfer.wait_sent(1_000_000);
     assert!(capture.wait_join("eth1").backup);
-    assert_eq!(capture.prios(), []);
-    let id_before = sandbox.endpoints(&container_netns())[0].id;
-
-    for (wish, names, backup) in
-        [("eth1=subflow", &["subflow"][..], false), ("eth1=backup", &["backup", "subflow"][..], true)]
-    {
-        let seen = capture.prios().len();
-        sandbox.hook(&["apply", container.id(), "--interface", wish]).ok();
-        assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], names);
-        let prio = wait_for("an MP_PRIO option", ENGINE_LIMIT, || capture.prios().get(seen).cloned());
-        assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
-        assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
-    }
-    assert_eq!(sandbox.endpoints(&container_netns())[0].id, id_before, "the endpoint was replaced");
+    let apply = |wish: &str| sandbox.hook(&["apply", container.id(), "--interface", wish]);
+    assert_switches(&sandbox, &container_netns(), ENGINE_LIMIT, || capture.prios(), apply);
     assert!(transfer.finish(LIMIT).mptcp);
 
     container.delete();

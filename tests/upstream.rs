@@ -213,7 +213,7 @@ fn names_and_globs() {
 fn the_weightier_source_wins() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    sandbox.policy("[defaults.interfaces]\n\"eth*\" = \"fullmesh\"\n[defaults.limits]\nsubflows = 3\n");
+    sandbox.patient_policy("[defaults.interfaces]\n\"eth*\" = \"fullmesh\"\n[defaults.limits]\nsubflows = 3\n");
     let web = Bare::in_netns(&sandbox, "author", &ctr()).annotation("mptcp-hook/interface.eth1", "signal");
     web.oci(&[]).ok();
     assert_eq!(world.endpoints(), ["10.0.1.2 fullmesh subflow eth0", "10.0.2.2 signal eth1"]);
@@ -1221,14 +1221,7 @@ fn apply_json_says_what_was_done() {
 fn in_a_user_namespace_the_containers_own_settings_work() {
     let sandbox = Sandbox::new();
     let script = format!(
-        "unshare --net sh -c 'echo $$; exec sleep 1000' >/run/pid &
-         while ! [ -s /run/pid ]; do sleep 0.02; done
-         pid=$(cat /run/pid)
-         inside() {{ nsenter --target $pid --net \"$@\"; }}
-         inside ip link add eth1 type veth peer name far
-         inside ip addr add 10.0.2.2/24 dev eth1
-         inside ip link set eth1 up
-         printf '{{\"ociVersion\":\"1.0.2\",\"id\":\"rootless\",\"status\":\"created\",\"pid\":%s,\"bundle\":\"/b\"}}' $pid |
+        "printf '{{\"ociVersion\":\"1.0.2\",\"id\":\"rootless\",\"status\":\"created\",\"pid\":%s,\"bundle\":\"/b\"}}' $pid |
            {0} oci --state-dir /run/ledger --interface eth1=backup --limit subflows=5 --sysctl stale_loss_cnt=9
          inside ip mptcp endpoint show; inside ip mptcp limits show; inside cat /proc/sys/net/mptcp/stale_loss_cnt
          {0} status --state-dir /run/ledger --json
@@ -1237,7 +1230,7 @@ fn in_a_user_namespace_the_containers_own_settings_work() {
          inside ip mptcp endpoint show; inside ip mptcp limits show; inside cat /proc/sys/net/mptcp/stale_loss_cnt",
         hook().display()
     );
-    let out = sandbox.run(&["unshare", "--user", "--map-root-user", "sh", "-ec", &script]).ok();
+    let out = in_user_namespace(&sandbox, &script).ok();
     let (applied, released) = out.split_once("released").expect("both halves");
     for part in ["10.0.2.2 id 1 subflow backup dev eth1", "subflows 5", "\"state\":\"applied\"", "\"rootless\":true"] {
         assert!(applied.contains(part), "`{part}` is not in {applied}");
@@ -1255,7 +1248,7 @@ fn the_hook_runs_no_program_and_opens_nothing_else() {
     require("strace", "strace");
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    sandbox.policy("on-error = \"fail\"\n");
+    sandbox.patient_policy("on-error = \"fail\"\n");
     let program = hook().display().to_string();
     let trace = sandbox.dir().join("trace").display().to_string();
     let calls = "trace=execve,execveat,open,openat,openat2,fork,vfork,clone,clone3";

@@ -127,3 +127,22 @@ impl<'a> Bare<'a> {
         Self { annotations: std::mem::take(&mut self.annotations), ..new }
     }
 }
+
+/// How a script begins that an unprivileged engine runs as root of a user namespace: `$pid` is a process in a network
+/// namespace of its own, in which `inside` runs a command; eth1 there has 10.0.2.2.
+const CONTAINER: &str = r#"unshare --net sh -c 'echo $$; exec sleep 1000' >/run/pid &
+while ! [ -s /run/pid ]; do sleep 0.02; done
+pid=$(cat /run/pid)
+inside() { nsenter --target $pid --net "$@"; }
+inside ip -batch - <<COMMANDS
+link add eth1 type veth peer name far
+addr add 10.0.2.2/24 dev eth1
+link set eth1 up
+COMMANDS
+"#;
+
+/// Runs `script` so.
+#[track_caller]
+pub fn in_user_namespace(sandbox: &Sandbox, script: &str) -> Outcome {
+    sandbox.run(&["unshare", "--user", "--map-root-user", "sh", "-ec", &format!("{CONTAINER}{script}")])
+}

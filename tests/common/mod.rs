@@ -48,8 +48,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use bare::Bare;
-pub use capture::{Capture, MptcpOption, Packet};
+pub use bare::{Bare, in_user_namespace};
+pub use capture::{Capture, MptcpOption, Packet, Prio};
 pub use diagnosis::Diagnosis;
 pub use enter::{Namespaces, Process};
 pub use lxc::{Lxc, Starter, two_bridges};
@@ -57,7 +57,7 @@ pub use observe::{Endpoint, HostValue, Journal};
 pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};
 pub use paths::{TwoPaths, Wiring};
 pub use podman::{BACKUP, DefaultRoute, Member, NETWORKS, Podman, Rootless};
-pub use proof::{RATE, assert_backup_path, assert_only_endpoint, eth1_of};
+pub use proof::{RATE, assert_backup_path, assert_only_endpoint, assert_switches, eth1_of};
 pub use sandbox::{Netns, Outcome, Running, Sandbox};
 pub use traffic::{Sender, Server};
 pub use world::{World, ctr};
@@ -70,6 +70,19 @@ pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// How long an engine may take for anything. One that waited for an agent would wait longer.
 pub const ENGINE_LIMIT: Duration = Duration::from_secs(30);
+
+/// What stands before a command so that it sees no MPTCP: an empty /proc/sys.
+pub const WITHOUT_MPTCP: &[&str] = &[
+    "unshare",
+    "--mount",
+    "sh",
+    "-ec",
+    "mkdir -p /run/sys/kernel/random
+     for file in kernel/random/boot_id kernel/osrelease kernel/overflowuid; do cat /proc/sys/$file >/run/sys/$file; done
+     mount --bind /run/sys /proc/sys
+     exec \"$@\"",
+    "sh",
+];
 
 /// The hook under test.
 pub fn hook() -> PathBuf {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Capture, LIMIT, Netns, Sandbox, Sender, Server, TwoPaths};
+use super::{Capture, LIMIT, Netns, Outcome, Prio, Sandbox, Sender, Server, TwoPaths, wait_for};
 
 /// Slow enough that the second subflow is there long before the end, in bytes per second.
 pub const RATE: u64 = 20_000_000;
@@ -67,4 +67,29 @@ pub fn assert_backup_path(
     assert!(left > 500_000, "the cut came too late to show anything: only {left} bytes were left");
     let moved = backup - before[1];
     assert!(moved >= left, "{left} bytes were left at the cut, only {moved} went over {second}");
+}
+
+/// Live connections learn of each change by MP_PRIO, in both directions, and the endpoint stays the same. `apply` asks for
+/// what it is given.
+#[track_caller]
+pub fn assert_switches(
+    sandbox: &Sandbox,
+    netns: &Netns,
+    limit: Duration,
+    prios: impl Fn() -> Vec<Prio>,
+    apply: impl Fn(&str) -> Outcome,
+) {
+    assert_eq!(prios(), []);
+    let id = sandbox.endpoints(netns)[0].id;
+    for (wish, names, backup) in
+        [("eth1=subflow", &["subflow"][..], false), ("eth1=backup", &["backup", "subflow"][..], true)]
+    {
+        let seen = prios().len();
+        apply(wish).ok();
+        assert_only_endpoint(sandbox, netns, [10, 0, 2, 2], names);
+        let prio = wait_for("an MP_PRIO option", limit, || prios().get(seen).cloned());
+        assert_eq!(prio.backup, backup, "after {wish}: {prio:?}");
+        assert!(prio.source.to_string().ends_with(".2"), "the container sends it: {prio:?}");
+    }
+    assert_eq!(sandbox.endpoints(netns)[0].id, id, "the endpoint was replaced");
 }

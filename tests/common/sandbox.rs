@@ -292,6 +292,12 @@ impl Sandbox {
         self.write("/etc/mptcp-hook/config.toml", toml);
     }
 
+    /// [`Sandbox::policy`] with the longest deadline: where none is tested, a machine may have no processor for a hook for
+    /// seconds.
+    pub fn patient_policy(&self, toml: &str) {
+        self.policy(&format!("deadline = 60.0\n{toml}"));
+    }
+
     /// A path, for the test itself, of a network namespace.
     pub fn netns_path(&self, netns: &Netns) -> PathBuf {
         match netns {

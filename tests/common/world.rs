@@ -24,8 +24,7 @@ impl<'a> World<'a> {
     }
 
     pub fn wired(sandbox: &'a Sandbox, wiring: &Wiring) -> Self {
-        // No deadline is what is tested, and a machine may have no processor for a hook for seconds.
-        sandbox.policy("deadline = 60.0\n");
+        sandbox.patient_policy("");
         let paths = TwoPaths::with_container_netns(sandbox, wiring);
         Self { sandbox, paths, web: Bare::in_netns(sandbox, "web", &ctr()) }
     }

@@ -5,7 +5,6 @@ use serde_json::json;
 
 use super::common::expectations::{Kind, Running};
 use super::common::*;
-use super::ctr;
 
 /// What multipath-tcp.org's kernels show of an interface that is a backup, of those bits that are MPTCP's.
 const BACKUP_BIT: u32 = 0x10_0000;
@@ -19,19 +18,8 @@ fn path_manager(name: &str) -> Option<HostValue> {
     })
 }
 
-/// A container on two paths. multipath-tcp.org's settings can be seen in the machine's own namespace alone.
-struct World<'a> {
-    sandbox: &'a Sandbox,
-    web: Bare<'a>,
-    kind: Kind,
-}
-
-impl<'a> World<'a> {
-    fn new(sandbox: &'a Sandbox) -> Self {
-        TwoPaths::with_container_netns(sandbox, &Wiring::new());
-        Self { sandbox, web: Bare::in_netns(sandbox, "web", &ctr()), kind: Running::look().kind }
-    }
-
+/// multipath-tcp.org's settings can be seen in the machine's own namespace alone.
+impl World<'_> {
     /// A script where /sys shows the container's interfaces: it belongs to the namespace that it was mounted in.
     #[track_caller]
     fn with_sysfs(&self, script: &str) -> String {
@@ -42,7 +30,7 @@ impl<'a> World<'a> {
     /// What the kernel has of eth1: the endpoint's flags, or the interface's.
     #[track_caller]
     fn in_force(&self) -> String {
-        if self.kind == Kind::Upstream {
+        if Running::look().kind == Kind::Upstream {
             let endpoints = self.sandbox.endpoints_on(&ctr(), "eth1");
             return endpoints.iter().map(|endpoint| endpoint.flags.join(" ")).collect::<Vec<_>>().join(", ");
         }
@@ -57,12 +45,12 @@ impl<'a> World<'a> {
 
     /// [`World::in_force`] when eth1 is a backup.
     fn backup(&self) -> &'static str {
-        if self.kind == Kind::Upstream { "backup subflow" } else { "backup" }
+        if Running::look().kind == Kind::Upstream { "backup subflow" } else { "backup" }
     }
 
     /// Somebody else takes the flag away.
     fn wipe(&self) {
-        if self.kind == Kind::Upstream {
+        if Running::look().kind == Kind::Upstream {
             let id = self.sandbox.endpoints_on(&ctr(), "eth1")[0].id;
             // The kernel says nothing of endpoints: it is seen when something else changes.
             let commands = format!("mptcp endpoint change id {id} nobackup\nlink set eth1 mtu 1400");
@@ -96,10 +84,10 @@ fn a_backup_path_is_set_shown_and_taken_back() {
         outcome.ok();
         assert_eq!(world.in_force(), world.backup());
     }
-    if world.kind == Kind::MptcpOrg {
+    if Running::look().kind == Kind::MptcpOrg {
         wait_until("the path manager's word", LIMIT, || is_backup_in_fullmesh(&sandbox, "10.0.2.2"));
     }
-    assert_eq!(sandbox.status()["kernel"], world.kind.name());
+    assert_eq!(sandbox.status()["kernel"], Running::look().kind.name());
     eth1_of(&sandbox.status_of(world.web.id()), "applied");
     sandbox.hook(&["release", world.web.id()]).ok();
     assert_eq!(world.in_force(), "");
@@ -115,7 +103,7 @@ fn the_agent_sets_a_flag_again_that_somebody_wiped() {
     wait_until("it is followed", LIMIT, || sandbox.status_of(world.web.id())["followed"] == true);
     world.wipe();
     wait_until("the flag is there again", LIMIT, || world.in_force() == world.backup());
-    let says = if world.kind == Kind::Upstream { "put back" } else { "set again" };
+    let says = if Running::look().kind == Kind::Upstream { "put back" } else { "set again" };
     wait_until("status says so", LIMIT, || {
         let eth1 = eth1_of(&sandbox.status_of(world.web.id()), "applied");
         eth1["last"]["what"].as_str().is_some_and(|what| what.contains(says))
