@@ -97,20 +97,14 @@ fn wait_endpoints(sandbox: &Sandbox, container: &Bare, expected: &[&str]) {
 
 #[track_caller]
 fn wait_set(sandbox: &Sandbox, container: &Bare, expected: &BTreeSet<IpAddr>) {
-    let mut found = BTreeSet::new();
-    let begin = Instant::now();
-    loop {
+    wait_for_or("endpoints", LIMIT, || {
         let in_kernel = addresses(sandbox, &container.netns());
-        let recorded = recorded(&sandbox.status_of(container.id()));
-        if in_kernel == *expected && recorded == *expected {
-            return;
+        let status = sandbox.status_of(container.id());
+        if in_kernel == *expected && recorded(&status) == *expected {
+            return Ok(());
         }
-        if begin.elapsed() >= LIMIT {
-            found.extend(in_kernel);
-            panic!("endpoints {found:?}, recorded {recorded:?}, not {expected:?}; status {:#}", sandbox.status());
-        }
-        pause_since(begin);
-    }
+        Err(format!("in the kernel {in_kernel:?}, not {expected:?}; status {status:#}"))
+    });
 }
 
 /// The endpoints' addresses as `status` has them.
@@ -144,15 +138,10 @@ fn wait_last(sandbox: &Sandbox, container: &Bare, words: &str) -> Value {
 
 #[track_caller]
 fn wait_entry(sandbox: &Sandbox, container: &Bare, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
-    let begin = Instant::now();
-    loop {
+    wait_for_or(what, LIMIT, || {
         let entry = interface(sandbox, container);
-        if is_it(&entry) {
-            return entry;
-        }
-        assert!(begin.elapsed() < LIMIT, "not within {LIMIT:?}: {what}; {entry:#}");
-        pause_since(begin);
-    }
+        if is_it(&entry) { Ok(entry) } else { Err(entry) }
+    })
 }
 
 // --- agents ---------------------------------------------------------------------------------------------------------

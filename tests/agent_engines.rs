@@ -177,17 +177,11 @@ fn wait_until_released(sandbox: &Sandbox) {
 fn wait_until_no_file_is_left(sandbox: &Sandbox, state_dir: &str) {
     let find =
         format!("find {state_dir} -type f ! -name 'conflicts*' ! -name 'failures*' ! -name agent ! -name 'agent.*'");
-    let mut left = String::new();
-    let begin = Instant::now();
     // The agent may still be looking at what a hook has just released.
-    while begin.elapsed() < LIMIT {
-        left = sandbox.sh(&find);
-        if left.is_empty() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    panic!("left behind: {left}");
+    wait_for_or("no file left behind", LIMIT, || {
+        let left = sandbox.sh(&find);
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {

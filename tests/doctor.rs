@@ -55,15 +55,10 @@ impl World<'_> {
     /// Looks again and again until nothing is wrong.
     #[track_caller]
     fn wait_clean(&self) -> Diagnosis {
-        let begin = Instant::now();
-        loop {
+        wait_for_or("nothing wrong", LIMIT, || {
             let found = self.doctor();
-            if found.ids().is_empty() {
-                return found;
-            }
-            assert!(begin.elapsed() < LIMIT, "not clean within {LIMIT:?}: {:#}", found.json);
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            if found.ids().is_empty() { Ok(found) } else { Err(found.json) }
+        })
     }
 
     /// Runs a command that the doctor named, as a person on the host would, with the gateway filled in.

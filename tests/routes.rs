@@ -4,7 +4,6 @@
 mod common;
 
 use std::net::IpAddr;
-use std::time::Instant;
 
 use common::*;
 use serde_json::{Value, json};
@@ -127,24 +126,20 @@ impl<'a> World<'a> {
     /// Waits until the agent has brought rules and routes to these, and eth1 to `state`. A slow machine is left in peace.
     #[track_caller]
     fn wait_ours(&self, expected: &[String], state: &str) {
-        let script =
-            "for f in -4 -6; do ip $f rule; ip $f route show table all; done | grep -w 'proto 109' | tr -s ' ' || true";
-        let mut expected: Vec<&str> = expected.iter().map(String::as_str).collect();
+        let mut expected = expected.to_vec();
         expected.sort_unstable();
-        let begin = Instant::now();
-        loop {
-            let text = self.sh(script).replace('\t', " ");
-            let mut now: Vec<&str> = text.lines().map(str::trim).collect();
+        wait_for_or("rules and routes of the hook", LIMIT, || {
+            let mut now = self.routing();
+            now.retain(|line| line.contains("proto 109"));
             now.sort_unstable();
             let entry = self.eth1();
             // While the agent is at work the record has what it is about to do, and no word of the route.
             let is_done = state == "pending" || entry["route"] != "unknown";
             if now == expected && entry["state"] == state && is_done {
-                return;
+                return Ok(());
             }
-            assert!(begin.elapsed() < LIMIT, "not within {LIMIT:?}: {expected:#?}; but {now:#?}; {:#}", self.eth1());
-            pause_since(begin);
-        }
+            Err(format!("{now:#?} instead of {expected:#?}; {entry:#}"))
+        });
     }
 
     #[track_caller]

@@ -43,6 +43,7 @@ pub mod traffic;
 pub mod user;
 pub mod world;
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -129,12 +130,18 @@ pub fn require(program: &str, package: &str) {
 /// Asks `condition` again and again until it gives a value; panics with `what` when `limit` has passed.
 #[track_caller]
 pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    wait_for_or(what, limit, || condition().ok_or("there was nothing of it"))
+}
+
+/// [`wait_for`] that says what the last look has found instead.
+#[track_caller]
+pub fn wait_for_or<T, E: Display>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<T, E>) -> T {
     let begin = Instant::now();
     loop {
-        if let Some(value) = condition() {
-            return value;
+        match look() {
+            Ok(value) => return value,
+            Err(instead) => assert!(begin.elapsed() < limit, "not within {limit:?}: {what}; {instead:#}"),
         }
-        assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
         pause_since(begin);
     }
 }
