@@ -562,10 +562,14 @@ impl<'a> World<'a> {
         let list = |what: &str| status[what].as_array().unwrap_or_else(|| panic!("{at}: {what} is no list")).clone();
         let files = Files::read(&self.state_dir);
         assert_eq!(list("containers").len(), files.records.len(), "{at}: {status:#}");
-        for record in files.records.values().filter(|record| record.at_work.is_some()) {
+        for record in files.records.values() {
             let id = &record.instance.container.id;
             let shown = list("containers").into_iter().find(|container| container["id"] == **id);
             let shown = shown.unwrap_or_else(|| panic!("{at}: {id} is not in {status:#}"));
+            assert_eq!(shown["interrupted"], record.at_work.is_some(), "{at}: {status:#}");
+            if record.at_work.is_none() {
+                continue;
+            }
             let interfaces = shown["interfaces"].as_array().expect("interfaces is a list");
             assert!(interfaces.iter().all(|interface| interface["state"] == "interrupted"), "{at}: {status:#}");
         }

@@ -947,6 +947,23 @@ fn doctor_probes_a_broken_path_and_ipv6() {
     }
 }
 
+/// A peer that answers nothing is given up long before the kernel would.
+#[test]
+fn doctor_probes_a_peer_that_does_not_answer() {
+    let sandbox = Sandbox::new();
+    let world = World::new(&sandbox);
+    world.web.oci(&["--interface", "eth1=backup"]).ok();
+    // Nobody has this link address.
+    world.sh("ip neigh replace 10.0.1.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent");
+    let begin = Instant::now();
+    let found = Diagnosis::of(&sandbox, &[world.web.id(), "--probe", "10.0.1.77:5000"]);
+    let took = begin.elapsed();
+    found.is(&["probe-failed"], 1);
+    assert_eq!(found.json["probe"]["connected"], false);
+    // Five seconds are given to it; the kernel would try for more than two minutes.
+    assert!((Duration::from_secs(5)..Duration::from_secs(60)).contains(&took), "{took:?}");
+}
+
 /// A peer that hangs up before the second path is up: nothing is said of the path, nor of MPTCP.
 #[test]
 fn doctor_probes_a_peer_that_hangs_up() {

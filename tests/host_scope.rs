@@ -1193,13 +1193,18 @@ fn a_lock_that_is_held_ends_in_an_error_at_the_deadline() {
     host.sandbox.policy("deadline = 7.0\n");
     let held = hold_lock(&host);
     let container = Bare::new(&host.sandbox, "web");
-    let start = Instant::now();
-    let outcome = host.ask(&container, &host.another(1), &[]);
-    assert_eq!(outcome.code, Some(1), "{outcome}");
-    // Without the policy's word it would have been five seconds.
-    assert!(start.elapsed() >= Duration::from_secs(7), "it took {:?}", start.elapsed());
-    let line = one_line(&outcome);
-    assert!(line.contains("in use by") && line.contains("deadline"), "{line}");
+    // Without the policy's word it would have been five seconds. A slow machine gets another try.
+    let is_in_time = |_| {
+        let start = Instant::now();
+        let outcome = host.ask(&container, &host.another(1), &[]);
+        let took = start.elapsed();
+        assert_eq!(outcome.code, Some(1), "{outcome}");
+        assert!(took >= Duration::from_secs(7), "it took {took:?}");
+        let line = one_line(&outcome);
+        assert!(line.contains("in use by") && line.contains("deadline"), "{line}");
+        took < Duration::from_secs(9)
+    };
+    assert!((0..10).any(is_in_time), "it waits for longer than the deadline");
     assert_eq!(host.claims(), [(holder.id().to_owned(), host.another(1))]);
     drop(held);
     host.sandbox.policy("");

@@ -269,6 +269,42 @@ fn each_phase_has_the_capabilities_that_it_needs() {
     assert_eq!(sandbox.status_of(container.id())["live"], true);
 }
 
+/// As the hook has them, for as long as it runs.
+#[test]
+fn the_agent_has_the_capabilities_that_it_needs() {
+    require("setpriv", "util-linux");
+    let sandbox = Sandbox::new();
+    let container = Bare::new(&sandbox, "web");
+    let streams = [Stdio::null(), Stdio::null(), Stdio::null()];
+    let agent = Held::start(&sandbox, &GENEROUS, &["agent"], streams);
+    container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
+    // It has been in the container's namespace by then.
+    wait_until("it is followed", LIMIT, || sandbox.status_of(container.id())["followed"] == true);
+    agent.wait_asleep();
+    assert_eq!(agent.rights(), Rights::only(WORKING));
+}
+
+/// A probe makes a connection that a container's peer answers: next to nothing can be done by it.
+#[test]
+fn a_probe_has_one_capability() {
+    require("setpriv", "util-linux");
+    let sandbox = Sandbox::new();
+    let World { paths, web, .. } = World::wired(&sandbox, &Wiring::new().without_second_route());
+    web.oci(&["--interface", "eth1=backup", "--follow", "never"]).ok();
+    // Its second path hangs, which is waited for.
+    let _server = Server::start(&sandbox, paths.server());
+    let streams = [Stdio::null(), Stdio::null(), Stdio::null()];
+    let doctor = Held::start(&sandbox, &GENEROUS, &["doctor", web.id(), "--probe", "10.0.0.1:5000"], streams);
+    let inside = std::fs::read_link(sandbox.netns_path(&web.netns())).expect("the container's namespace");
+    let connected = || {
+        let sockets = sandbox.inside(&ctr(), || std::fs::read_to_string("/proc/thread-self/net/tcp"));
+        // The server's address, and the state: established.
+        sockets.expect("the sockets").lines().any(|line| line.contains(" 0100000A:1388 01 "))
+    };
+    wait_until("a probe that is under way", LIMIT, || doctor.netns() == inside && connected());
+    assert_eq!(doctor.rights(), Rights::only(1 << 12), "CAP_NET_ADMIN");
+}
+
 /// Whatever there is to report, nobody needs a right for it.
 #[test]
 fn every_report_is_made_without_capabilities() {
