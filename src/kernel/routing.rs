@@ -26,15 +26,6 @@ pub fn perform(route: &mut Route, change: &Change) -> Result<bool> {
     Ok(true)
 }
 
-/// The opposite of a change of a route, by the same name.
-fn reverse(change: &Change) -> Change {
-    match change {
-        Change::AddRoute(route, by) => Change::DeleteRoute(route.clone(), by.clone()),
-        Change::DeleteRoute(route, by) => Change::AddRoute(route.clone(), by.clone()),
-        other => other.clone(),
-    }
-}
-
 /// Whether a rule is there as it was asked for. Before Linux 4.17 the kernel does not keep who made it.
 fn same(asked: &Rule, seen: &Rule) -> bool {
     *asked == Rule { protocol: asked.protocol, ..seen.clone() }
@@ -54,11 +45,13 @@ pub fn confirm(route: &mut Route, changes: &[&Change]) -> Result<()> {
     // What was deleted and added again is what was asked for.
     for (position, change) in changes.iter().enumerate() {
         let later = &changes[position + 1..];
+        let is_added = |old| later.iter().any(|change| matches!(change, Change::AddRoute(new, _) if new == old));
+        let is_deleted = |new| later.iter().any(|change| matches!(change, Change::DeleteRoute(old, _) if old == new));
         match change {
-            Change::AddRoute(new, by) if !routes.contains(new) && !later.contains(&&&reverse(change)) => {
+            Change::AddRoute(new, by) if !routes.contains(new) && !is_deleted(new) => {
                 bail!("the route {} was added and is not there", new.by(by))
             }
-            Change::DeleteRoute(old, by) if routes.contains(old) && !later.contains(&&&reverse(change)) => {
+            Change::DeleteRoute(old, by) if routes.contains(old) && !is_added(old) => {
                 bail!("the route {} was deleted and is still there", old.by(by))
             }
             Change::AddRule(new) if !rules.iter().any(|rule| same(new, rule)) => {
