@@ -168,16 +168,17 @@ fn kernel_facts(root: &Path, kind: Kind, release: &str) -> Vec<(&'static str, St
     if !known.is_empty() {
         facts.push(("modules", known.join(" ")));
     }
-    let listed = |file: &str, module: &str| {
-        let text = read_file(&modules.join(file)).unwrap_or_default();
+    let [built_in, separate] =
+        ["modules.builtin", "modules.dep"].map(|file| read_file(&modules.join(file)).unwrap_or_default());
+    let is_listed = |text: &str, module: &str| {
         // A path, before a colon where others follow on which it depends.
         let paths = text.lines().filter_map(|line| line.split(':').next()?.rsplit('/').next());
         paths.filter_map(|name| name.split(".ko").next()).any(|name| name == module)
     };
     let diag = DIAG.iter().filter_map(|module| match *module {
-        module if listed("modules.builtin", module) => Some(format!("{module} built in")),
+        module if is_listed(&built_in, module) => Some(format!("{module} built in")),
         module if loaded.iter().any(|name| name == module) => Some(format!("{module} loaded")),
-        module if listed("modules.dep", module) => Some(format!("{module} a module, not loaded")),
+        module if is_listed(&separate, module) => Some(format!("{module} a module, not loaded")),
         _ => None,
     });
     let diag: Vec<String> = diag.collect();
