@@ -83,13 +83,9 @@ impl Route {
     /// there is no such route.
     pub fn default_interfaces(&mut self) -> Result<Vec<u32>> {
         let mut interfaces = Vec::new();
-        for (family, bits, destination) in [(libc::AF_INET, 32, ELSEWHERE_V4), (libc::AF_INET6, 128, ELSEWHERE_V6)] {
-            let mut info = [0; 12];
-            info[0] = family as u8;
-            info[1] = bits;
-            let body = Body::new(&info).address(libc::RTA_DST, destination);
-            match self.connection().request(libc::RTM_GETROUTE, &body, Entry::parse) {
-                Ok(found) => interfaces.extend(found.iter().flat_map(|entry| &entry.hops).map(|hop| hop.ifindex)),
+        for elsewhere in [ELSEWHERE_V4, ELSEWHERE_V6] {
+            match self.hops(elsewhere, false, Some(elsewhere), None) {
+                Ok(hops) => interfaces.extend(hops.iter().map(|hop| hop.ifindex)),
                 // No route, or a family that the kernel does not have.
                 Err(error) if errno(&error).is_some() => {}
                 Err(error) => return Err(error).context("cannot look up the default route"),
