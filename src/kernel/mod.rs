@@ -21,11 +21,11 @@ use serde::{Deserialize, Serialize};
 pub use netlink::mptcp_pm::{Endpoint, Limits};
 pub use netlink::route::{Address, Link};
 pub use netlink::routing::{Rule, TableRoute};
+pub use netlink::ways::RouteState;
 
 use crate::deadline::Deadline;
 use crate::request::setting::SettingKey;
 use netlink::route::Route;
-use netlink::ways::RouteAnswer;
 use netns::{Visit, in_initial_user_namespace};
 
 /// The most endpoints that a namespace can have (`MPTCP_PM_ADDR_MAX`), and addresses per family on mptcp.org kernels.
@@ -302,42 +302,6 @@ impl std::fmt::Display for Change {
             }
             Self::DeleteEndpoint(endpoint) => write!(f, "delete endpoint {} id {}", endpoint.address, endpoint.id),
             Self::LinkFlags { name, bits, mask, .. } => write!(f, "set flags of {name} to {bits:#x} (mask {mask:#x})"),
-        }
-    }
-}
-
-/// Whether packets from an endpoint's address find a way out by its interface.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RouteState {
-    /// They do.
-    Ok,
-    /// No usable route: a subflow from there would hang in SYN-SENT.
-    Missing,
-    /// Not an endpoint, or the kernel could not say.
-    #[default]
-    Unknown,
-}
-
-impl From<RouteAnswer> for RouteState {
-    fn from(answer: RouteAnswer) -> Self {
-        match answer {
-            RouteAnswer::Usable => Self::Ok,
-            RouteAnswer::Missing => Self::Missing,
-            RouteAnswer::Unknown => Self::Unknown,
-        }
-    }
-}
-
-impl RouteState {
-    /// The state of an interface with endpoints of these states.
-    pub fn worst(states: &[Self]) -> Self {
-        if states.contains(&Self::Missing) {
-            Self::Missing
-        } else if states.contains(&Self::Ok) {
-            Self::Ok
-        } else {
-            Self::Unknown
         }
     }
 }

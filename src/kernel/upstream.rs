@@ -124,7 +124,7 @@ impl Kernel for Upstream {
     }
 
     fn route(&mut self, address: IpAddr, index: u32) -> Result<RouteState> {
-        Ok(self.route.usable_route(address, index)?.into())
+        self.route.usable_route(address, index)
     }
 
     fn leaves_elsewhere(&mut self, address: IpAddr, index: u32) -> Result<bool> {

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::route::Route;
 use super::routing::{Entry, Hop};
@@ -19,15 +20,30 @@ const RTM_F_FIB_MATCH: u32 = 0x2000;
 const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 88, 99, 1));
 const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 1));
 
-/// Whether packets from an address find a way out through its interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouteAnswer {
-    /// There is a route.
-    Usable,
-    /// There is none, or the interface is down or the address not assigned: no subflow would ever be established.
+/// Whether packets from an endpoint's address find a way out by its interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouteState {
+    /// They do.
+    Ok,
+    /// No usable route: a subflow from there would hang in SYN-SENT.
     Missing,
-    /// The kernel cannot tell.
+    /// Not an endpoint, or the kernel could not say.
+    #[default]
     Unknown,
+}
+
+impl RouteState {
+    /// The state of an interface with endpoints of these states.
+    pub fn worst(states: &[Self]) -> Self {
+        if states.contains(&Self::Missing) {
+            Self::Missing
+        } else if states.contains(&Self::Ok) {
+            Self::Ok
+        } else {
+            Self::Unknown
+        }
+    }
 }
 
 impl Route {
@@ -56,17 +72,18 @@ impl Route {
         }
     }
 
-    /// Whether a packet from `source`, bound to the interface `ifindex`, has a route to the world outside.
-    pub fn usable_route(&mut self, source: IpAddr, ifindex: u32) -> Result<RouteAnswer> {
+    /// Whether a packet from `source`, bound to the interface `ifindex`, has a route to the world outside. None is there,
+    /// either, while the interface is down or the address not assigned.
+    pub fn usable_route(&mut self, source: IpAddr, ifindex: u32) -> Result<RouteState> {
         match self.look_up(source, None, Some(ifindex)) {
-            Ok(Some(hop)) if hop.ifindex == ifindex => Ok(RouteAnswer::Usable),
-            Ok(Some(_)) => Ok(RouteAnswer::Missing),
-            Ok(None) => Ok(RouteAnswer::Unknown),
+            Ok(Some(hop)) if hop.ifindex == ifindex => Ok(RouteState::Ok),
+            Ok(Some(_)) => Ok(RouteState::Missing),
+            Ok(None) => Ok(RouteState::Unknown),
             Err(error) => match errno(&error) {
                 Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::ENODEV) => {
-                    Ok(RouteAnswer::Missing)
+                    Ok(RouteState::Missing)
                 }
-                Some(_) => Ok(RouteAnswer::Unknown),
+                Some(_) => Ok(RouteState::Unknown),
                 None => Err(error).with_context(|| format!("cannot look up the route from {source}")),
             },
         }
@@ -172,7 +189,7 @@ mod tests {
 
     use super::super::testing::{in_namespace, ip as run_ip, soon};
     use super::*;
-    use RouteAnswer::{Missing, Usable};
+    use RouteState::{Missing, Ok as Usable};
 
     #[test]
     fn ways_out_of_a_namespace() {
@@ -249,7 +266,7 @@ mod tests {
 
     /// A namespace with eth0 and eth1, where eth0 has the default routes and `more` is done; checks what is answered
     /// for (eth0 IPv4, eth0 IPv6, eth1 IPv4, eth1 IPv6).
-    fn two_paths(more: &'static str, expected: [RouteAnswer; 4]) {
+    fn two_paths(more: &'static str, expected: [RouteState; 4]) {
         in_namespace(move || {
             let mut script = String::new();
             for i in 0..2 {
