@@ -10,6 +10,7 @@ use super::container::manager_advice;
 use super::finding::{self, Finding};
 use super::seen::shell_word;
 use crate::error::plain;
+use crate::instance;
 use crate::kernel::sysctl::read_text;
 use crate::kernel::{self, Kind, RouteState, upstream};
 use crate::ledger::record::State;
@@ -369,15 +370,12 @@ fn is_program(path: &Path) -> bool {
 
 /// The other managers of endpoints in the network namespace with that inode number: name and pid.
 pub fn managers(netns: u64) -> Vec<(String, u32)> {
-    use std::os::unix::fs::MetadataExt;
-    let pids = file_names(Path::new("/proc")).into_iter().filter_map(|name| name.parse::<u32>().ok());
-    let mut found: Vec<(String, u32)> = pids
-        .filter_map(|pid| {
-            let name = read_text(&format!("/proc/{pid}/comm")).filter(|name| MANAGERS.contains(&name.as_str()))?;
-            let is_here = std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|file| file.ino() == netns);
-            is_here.then_some((name, pid))
-        })
-        .collect();
+    let manager = |pid: u32| {
+        let name = read_text(&format!("/proc/{pid}/comm")).filter(|name| MANAGERS.contains(&name.as_str()))?;
+        (instance::netns_inode(&format!("/proc/{pid}/ns/net")) == Some(netns)).then_some((name, pid))
+    };
+    let mut found: Vec<(String, u32)> =
+        instance::processes().unwrap_or_default().into_iter().filter_map(manager).collect();
     found.sort();
     found
 }
