@@ -36,41 +36,41 @@ pub fn judge(seen: &Seen) -> Vec<Finding> {
         limits(seen, &mut found);
         mtu(seen, &mut found);
         let flags = seen.facts.endpoints.iter().map(|endpoint| EndpointFlags(endpoint.flags));
-        let bug = flags
-            .filter(|f| f.contains(EndpointFlags::BACKUP))
-            .find_map(|f| upstream::backup_bug(&seen.facts.release, f));
-        if let Some(bug) = bug {
-            let what = format!("this kernel {bug}");
-            found.push(Finding::new(&finding::BACKUP_BUG, what, &seen.facts.release).mend("run Linux 6.11 or newer"));
-        }
+        let mut backups = flags.filter(|flags| flags.contains(EndpointFlags::BACKUP));
+        found.extend(backups.find_map(|flags| backup_bug(&seen.facts.release, flags)));
         sockets::judge(seen, &mut found);
     } else {
         let what = format!("only the interfaces' flags were looked at: the kernel is {}", seen.facts.kind.name());
         found.push(Finding::new(&finding::NOT_JUDGED, what, &seen.facts.release));
     }
-    for (name, pid) in &seen.managers {
-        found.push(
-            Finding::new(
-                &finding::OTHER_MANAGER,
-                format!("{name} runs in this network namespace"),
-                format!("pid {pid}"),
-            )
-            .mend(manager_advice(name)),
-        );
-    }
+    found.extend(seen.managers.iter().map(other_manager));
     finding::sort(&mut found);
     found.dedup();
     found
 }
 
-/// How another manager is kept away from endpoints.
-pub fn manager_advice(name: &str) -> &'static str {
-    match name {
+/// A program that manages endpoints, too, and how it is kept away from them.
+pub fn other_manager((name, pid): &(String, u32)) -> Finding {
+    let mend = match name.as_str() {
         "NetworkManager" => {
             "set connection.mptcp-flags=disabled (0x1) for the interfaces that are ours, or leave them to it"
         }
         _ => "stop it, or ask for no interfaces here",
-    }
+    };
+    let what = format!("{name} runs in this network namespace");
+    Finding::new(&finding::OTHER_MANAGER, what, format!("pid {pid}")).mend(mend)
+}
+
+/// Nobody follows a container, and why.
+pub fn not_followed(whom: &str, why: &str, hook: &str) -> Finding {
+    let finding = Finding::new(&finding::NOT_FOLLOWED, format!("nobody follows {whom}"), why);
+    finding.mend("start the agent: enable its unit where systemd runs, else").by(format!("{hook} agent &"))
+}
+
+/// What this kernel does not do about `backup`.
+pub fn backup_bug(release: &str, flags: EndpointFlags) -> Option<Finding> {
+    let what = format!("this kernel {}", upstream::backup_bug(release, flags)?);
+    Some(Finding::new(&finding::BACKUP_BUG, what, release).mend("run Linux 6.11 or newer"))
 }
 
 /// What the ledger has against what the kernel has.
@@ -99,14 +99,7 @@ fn known(seen: &Seen, found: &mut Vec<Finding>) {
         let assignment = shell_word(&format!("{path}={asked}"));
         found.push(finding.mend("write it again").by(seen.inside(&[format!("sysctl -w {assignment}")])));
     }
-    if let Some(why) = &known.not_followed {
-        let finding = Finding::new(&finding::NOT_FOLLOWED, "nobody follows this container", why);
-        found.push(
-            finding
-                .mend("start the agent: enable its unit where systemd runs, else")
-                .by(format!("{} agent &", seen.names.hook)),
-        );
-    }
+    found.extend(known.not_followed.as_ref().map(|why| not_followed("this container", why, &seen.names.hook)));
     for warning in record.warnings.iter().take(record.lasting_warnings) {
         found.push(Finding::new(&finding::HOOK_WARNING, warning, "in the container's record"));
     }

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::container::manager_advice;
+use super::container::{backup_bug, not_followed, other_manager};
 use super::finding::{self, Finding};
 use super::seen::shell_word;
 use crate::error::plain;
 use crate::instance;
 use crate::kernel::sysctl::read_text;
-use crate::kernel::{self, Kind, RouteState, upstream};
+use crate::kernel::{self, Kind, RouteState};
 use crate::ledger::record::State;
 use crate::request::flags::EndpointFlags;
 use crate::request::setting;
@@ -386,11 +386,7 @@ pub fn judge(seen: &Seen, status: &Status) -> Vec<Finding> {
     judge_kernel(seen, status, &mut found);
     judge_hooks(seen, &mut found);
     judge_ledger(seen, status, &mut found);
-    for (name, pid) in &seen.managers {
-        let what = format!("{name} runs in this network namespace");
-        let finding = Finding::new(&finding::OTHER_MANAGER, what, format!("pid {pid}"));
-        found.push(finding.mend(manager_advice(name)));
-    }
+    found.extend(seen.managers.iter().map(other_manager));
     finding::sort(&mut found);
     found
 }
@@ -408,11 +404,7 @@ fn judge_kernel(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
             found.push(finding.mend(kernel::GET_MPTCP));
         }
         Kind::Upstream => {
-            let flags = EndpointFlags::BACKUP.union(EndpointFlags::SIGNAL);
-            if let Some(bug) = upstream::backup_bug(release, flags) {
-                let finding = Finding::new(&finding::BACKUP_BUG, format!("this kernel {bug}"), release);
-                found.push(finding.mend("run Linux 6.11 or newer"));
-            }
+            found.extend(backup_bug(release, EndpointFlags::BACKUP.union(EndpointFlags::SIGNAL)));
         }
         Kind::MptcpOrg => {
             if let Some(other) = fact("path manager").filter(|name| *name != "fullmesh") {
@@ -556,14 +548,7 @@ fn judge_ledger(seen: &Seen, status: &Status, found: &mut Vec<Finding>) {
     for container in status.containers.iter().filter(|container| container.live) {
         let record = &container.record;
         let id = &record.instance.container.id;
-        if let Some(why) = &container.not_followed {
-            let finding = Finding::new(&finding::NOT_FOLLOWED, format!("nobody follows {}", record.name), why);
-            found.push(
-                finding
-                    .mend("start the agent: enable its unit where systemd runs, else")
-                    .by(format!("{program} agent &")),
-            );
-        }
+        found.extend(container.not_followed.as_ref().map(|why| not_followed(&record.name, why, program)));
         let amiss = record.interfaces.iter().find(|interface| {
             !matches!(interface.state, State::Applied | State::Ignored) || interface.route == RouteState::Missing
         });
