@@ -317,10 +317,7 @@ fn judge_way(seen: &Seen, endpoint: &Endpoint, home: &Link, found: &mut Vec<Find
         let evidence = format!("route from {address}: {}", show(&way.free));
         found.push(way_out.mends(Finding::new(&finding::REPLY_ELSEWHERE, what, evidence).on(name)));
     }
-    let by_gateway = way.bound.as_ref().and_then(|hop| Some((hop, hop.gateway?)));
-    let asked = by_gateway.and_then(|(hop, gateway)| {
-        seen.neighbours.iter().find(|neighbour| sockets::is_silent_next(neighbour, hop, gateway))
-    });
+    let asked = way.bound.as_ref().and_then(|hop| sockets::silent_next(&seen.neighbours, hop, hop.gateway?));
     found.extend(asked.map(|asked| judge_silence(seen, name, asked)));
 }
 
@@ -328,7 +325,7 @@ fn judge_way(seen: &Seen, endpoint: &Endpoint, home: &Link, found: &mut Vec<Find
 /// it knows many machines (`gc_thresh1`).
 fn judge_silence(seen: &Seen, name: &str, neighbour: &Neighbour) -> Finding {
     let gateway = neighbour.address;
-    let evidence = format!("{gateway} dev {name} {}", neighbour.state_name());
+    let evidence = seen.shown(neighbour);
     let command = seen.inside(&[format!("ip neigh flush to {gateway} dev {}", shell_word(name))]);
     let finding = match neighbour.age.filter(|age| *age > SILENCE && !neighbour.is_being_asked()) {
         Some(age) => {

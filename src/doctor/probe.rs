@@ -153,7 +153,7 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
     let mut silent = BTreeMap::new();
     for &&Endpoint { address, ifindex, .. } in &expected {
         let hop = sockets::next_hop(&mut ways, address, peer.ip(), ifindex)?;
-        let next = hop.and_then(|hop| neighbours.iter().find(|n| sockets::is_silent_next(n, &hop, peer.ip())));
+        let next = hop.and_then(|hop| sockets::silent_next(&neighbours, &hop, peer.ip()));
         silent.extend(next.map(|next| (address, next.clone())));
     }
     let found = judge(&outcome, seen, &expected, &watched, &silent);
@@ -242,9 +242,7 @@ fn judge(
         }
         let home = seen.home(address);
         let name = home.map(|home| home.name.clone());
-        let silent = silent
-            .get(&address)
-            .map(|n| format!("; {} dev {} {}", n.address, seen.link_name(n.ifindex), n.state_name()));
+        let silent = silent.get(&address).map(|neighbour| format!("; {}", seen.shown(neighbour)));
         let evidence = match waited {
             Some(time) => {
                 format!("SYN-SENT for {:.1} s without an answer{}", time.as_secs_f64(), silent.unwrap_or_default())

@@ -109,6 +109,11 @@ impl Seen {
         self.link(index).map_or_else(|| format!("interface {index}"), |link| link.name.clone())
     }
 
+    /// A machine on a link, as ip-neighbour(8) shows it.
+    pub fn shown(&self, neighbour: &Neighbour) -> String {
+        format!("{} dev {} {}", neighbour.address, self.link_name(neighbour.ifindex), neighbour.state_name())
+    }
+
     /// The interface that has the address.
     pub fn home(&self, address: IpAddr) -> Option<&Link> {
         let assigned = self.facts.addresses.iter().find(|assigned| assigned.ip == address)?;

@@ -80,10 +80,10 @@ pub fn next_hop(ways: &mut Route, local: IpAddr, peer: IpAddr, device: u32) -> R
     Ok(hop.or(bound.map(|ifindex| Hop { ifindex, gateway: None, onlink: false })))
 }
 
-/// Whether packets to `peer` go to that machine next, and it was asked for and has not answered.
-pub fn is_silent_next(neighbour: &Neighbour, hop: &Hop, peer: IpAddr) -> bool {
+/// The machine to which packets to `peer` go next, if it was asked for and has not answered.
+pub fn silent_next<'a>(neighbours: &'a [Neighbour], hop: &Hop, peer: IpAddr) -> Option<&'a Neighbour> {
     let next = hop.gateway.unwrap_or(peer);
-    neighbour.ifindex == hop.ifindex && neighbour.address == next && neighbour.is_silent()
+    neighbours.iter().find(|n| n.ifindex == hop.ifindex && n.address == next && n.is_silent())
 }
 
 /// All that is wrong with them.
@@ -156,8 +156,8 @@ pub fn judge(seen: &Seen, found: &mut Vec<Finding>) {
 fn stuck(seen: &Seen, socket: &TcpSocket, hop: Option<&Hop>, ends: &str, found: &[Finding]) -> Finding {
     let home = seen.home(socket.local.ip());
     let name = hop.map(|hop| hop.ifindex).or(home.map(|home| home.index)).map(|index| seen.link_name(index));
-    let asked = hop.and_then(|hop| seen.neighbours.iter().find(|n| is_silent_next(n, hop, socket.peer.ip())));
-    let asked = asked.map(|n| format!("; {} dev {} {}", n.address, seen.link_name(n.ifindex), n.state_name()));
+    let asked = hop.and_then(|hop| silent_next(&seen.neighbours, hop, socket.peer.ip()));
+    let asked = asked.map(|neighbour| format!("; {}", seen.shown(neighbour)));
     let evidence = format!("SYN-SENT, repeated {} times{}", socket.retransmits, asked.unwrap_or_default());
     let mut finding = Finding::new(&finding::SUBFLOW_STUCK, format!("the subflow {ends} gets no answer"), evidence);
     let path = name.clone().unwrap_or_else(|| "this path".into());
