@@ -9,8 +9,8 @@ use super::seen::{Reached, Seen, Way, shell_word};
 use super::sockets;
 use crate::kernel::netlink::neighbours::Neighbour;
 use crate::kernel::netlink::routing::{Entry, Hop, PROTOCOL, gateways_of_others, has_direct_default};
-use crate::kernel::{Address, ENDPOINTS_MAX, Endpoint, Kind, Limits, Link, TableRoute, upstream};
-use crate::ledger::record::{Interface, State};
+use crate::kernel::{Address, ENDPOINTS_MAX, Endpoint, Kind, Link, TableRoute, upstream};
+use crate::ledger::record::{Interface, LimitPair, State};
 use crate::request::flags::EndpointFlags;
 use crate::request::pattern::Pattern;
 use crate::request::setting::{self, SettingKey};
@@ -515,30 +515,25 @@ fn network(address: IpAddr, prefix: u8) -> IpAddr {
 }
 
 fn limits(seen: &Seen, found: &mut Vec<Finding>) {
-    let Some(now) = seen.facts.limits else { return };
+    let Some(now) = seen.facts.limits.map(LimitPair::from) else { return };
     let with = |flag| seen.facts.endpoints.iter().filter(move |e| EndpointFlags(e.flags).contains(flag));
     let recorded = seen.known.as_ref().and_then(|known| known.record.limits).map(|limits| limits.needed);
-    let needed = match recorded {
-        Some(needed) => Limits { subflows: needed.subflows, add_addr_accepted: needed.add_addr_accepted },
-        None => {
-            // The kernel joins addresses of one family alone (`mptcp_pm_addr_families_match`). One of the endpoints' may be
-            // the first subflow's, which does not count.
-            let of_family =
-                |is_v4| with(EndpointFlags::SUBFLOW).filter(|e| e.address.is_ipv4() == is_v4).count() as u32;
-            let subflows = of_family(true).max(of_family(false));
-            let subflows = if subflows > 1 { subflows - 1 } else { subflows };
-            let has_fullmesh = with(EndpointFlags::FULLMESH).next().is_some();
-            Limits { subflows, add_addr_accepted: u32::from(has_fullmesh) }
-        }
-    };
-    if now.subflows >= needed.subflows && now.add_addr_accepted >= needed.add_addr_accepted {
+    let needed = recorded.unwrap_or_else(|| {
+        // The kernel joins addresses of one family alone (`mptcp_pm_addr_families_match`). One of the endpoints' may be
+        // the first subflow's, which does not count.
+        let of_family = |is_v4| with(EndpointFlags::SUBFLOW).filter(|e| e.address.is_ipv4() == is_v4).count() as u32;
+        let subflows = of_family(true).max(of_family(false));
+        let subflows = if subflows > 1 { subflows - 1 } else { subflows };
+        let has_fullmesh = with(EndpointFlags::FULLMESH).next().is_some();
+        LimitPair { subflows, add_addr_accepted: u32::from(has_fullmesh) }
+    });
+    let raised = now.max(needed);
+    if raised == now {
         return;
     }
-    let (subflows, accepted) = (now.subflows.max(needed.subflows), now.add_addr_accepted.max(needed.add_addr_accepted));
-    let show = |limits: Limits| format!("subflows {} add_addr_accepted {}", limits.subflows, limits.add_addr_accepted);
-    let what = format!("the limits are lower than the endpoints need: {}", show(needed));
-    let command = format!("ip mptcp limits set subflows {subflows} add_addr_accepted {accepted}");
-    found.push(Finding::new(&finding::LIMITS_LOW, what, show(now)).mend("raise them").by(seen.inside(&[command])));
+    let what = format!("the limits are lower than the endpoints need: {needed}");
+    let finding = Finding::new(&finding::LIMITS_LOW, what, now.to_string());
+    found.push(finding.mend("raise them").by(seen.inside(&[format!("ip mptcp limits set {raised}")])));
 }
 
 /// The paths' largest packets.
@@ -561,10 +556,9 @@ mod tests {
     use super::*;
     use crate::cli::Globals;
     use crate::instance::{ContainerId, Door, Instance};
-    use crate::kernel::Facts;
-    use crate::kernel::RouteState;
     use crate::kernel::netlink::diag::{Subflow, TcpSocket, TcpState};
     use crate::kernel::netns::NetnsId;
+    use crate::kernel::{Facts, Limits, RouteState};
     use crate::ledger::record::{Record, VERSION};
     use crate::request::Request;
 

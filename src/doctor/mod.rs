@@ -28,7 +28,7 @@ use crate::kernel::netns::{Namespace, Visit};
 use crate::kernel::sysctl::read_text;
 use crate::kernel::{self, Facts, Kernel, Kind};
 use crate::ledger::Ledger;
-use crate::ledger::record::Record;
+use crate::ledger::record::{LimitPair, Record};
 use crate::privileges;
 use crate::request::setting::SettingKey;
 use crate::status::{self, Status};
@@ -302,7 +302,7 @@ fn facts(kind: Kind, seen: &Seen) -> Vec<(&'static str, String)> {
     use crate::request::flags::EndpointFlags;
     let mut facts = vec![("kernel", format!("{} MPTCP, Linux {}", kind.name(), seen.facts.release))];
     if let Some(limits) = seen.facts.limits {
-        facts.push(("limits", format!("subflows {} add_addr_accepted {}", limits.subflows, limits.add_addr_accepted)));
+        facts.push(("limits", LimitPair::from(limits).to_string()));
     }
     for endpoint in &seen.facts.endpoints {
         let way = seen.ways.get(&endpoint.address).and_then(|way| way.bound.as_ref());
