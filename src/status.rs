@@ -346,7 +346,7 @@ fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel, known: &
                 Entry::Vacant(unknown) => *unknown.insert(kernel.route(owned.address, owned.index)?),
             };
             routes.push(route);
-            match facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) {
+            match facts.endpoint(owned.address) {
                 None => drift = Some(format!("the endpoint {} is gone", owned.address)),
                 Some(now) if now.flags != owned.flags => {
                     let names = crate::request::flags::EndpointFlags(now.flags).names().join(",");
@@ -359,7 +359,7 @@ fn compare(record: &mut Record, facts: &Facts, kernel: &mut dyn Kernel, known: &
             }
         }
         if let Some(link) = &interface.link {
-            let now = facts.links.iter().find(|l| l.index == link.index).map(|l| l.flags & link.mask);
+            let now = facts.link_at(link.index).map(|l| l.flags & link.mask);
             if now != Some(link.bits) {
                 drift = Some("the interface's flags were changed, or it is gone".into());
             }

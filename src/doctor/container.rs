@@ -126,7 +126,7 @@ fn judge_interface(seen: &Seen, interface: &Interface, found: &mut Vec<Finding>)
     };
     let before = found.len();
     for own in &interface.endpoints {
-        let now = seen.facts.endpoints.iter().find(|e| e.address == own.address && e.port.is_none());
+        let now = seen.facts.endpoint(own.address);
         let names = |flags: u32| EndpointFlags(flags).names().join(",");
         match now {
             _ if seen.home(own.address).is_none() => {

@@ -101,7 +101,7 @@ pub struct Reached {
 impl Seen {
     /// The interface of that index.
     pub fn link(&self, index: u32) -> Option<&Link> {
-        self.facts.links.iter().find(|link| link.index == index)
+        self.facts.link_at(index)
     }
 
     /// An interface's name, for people.

@@ -127,8 +127,7 @@ pub fn judge(seen: &Seen, found: &mut Vec<Finding>) {
             );
             found.push(Finding::new(&finding::SUBFLOW_ELSEWHERE, what, evidence).on(name).mend(mend));
         }
-        let endpoint = seen.facts.endpoints.iter().find(|e| e.address == socket.local.ip() && e.port.is_none());
-        if let Some(endpoint) = endpoint.filter(|_| subflow.is_join()) {
+        if let Some(endpoint) = seen.facts.endpoint(socket.local.ip()).filter(|_| subflow.is_join()) {
             let wanted = EndpointFlags(endpoint.flags).contains(EndpointFlags::BACKUP);
             if wanted != subflow.is_backup() {
                 let word = |is: bool| if is { "a backup path" } else { "a normal path" };

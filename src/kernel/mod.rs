@@ -221,14 +221,24 @@ impl Facts {
         })
     }
 
-    /// Whether an address has an endpoint; one with a port of its own is another one.
+    /// The endpoint of an address; one with a port of its own is another one.
+    pub fn endpoint(&self, address: IpAddr) -> Option<&Endpoint> {
+        self.endpoints.iter().find(|endpoint| endpoint.address == address && endpoint.port.is_none())
+    }
+
+    /// Whether an address has an endpoint.
     pub fn has_endpoint(&self, address: IpAddr) -> bool {
-        self.endpoints.iter().any(|endpoint| endpoint.address == address && endpoint.port.is_none())
+        self.endpoint(address).is_some()
     }
 
     /// The interface of that name.
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)
+    }
+
+    /// The interface of that index.
+    pub fn link_at(&self, index: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.index == index)
     }
 }
 

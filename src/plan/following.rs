@@ -85,7 +85,7 @@ pub fn waits(input: &Input, address: &Address) -> bool {
         return false;
     }
     let facts = input.facts;
-    let link = facts.links.iter().find(|link| link.index == address.ifindex);
+    let link = facts.link_at(address.ifindex);
     let way_out = facts.routes.get(&(address.ip, address.ifindex));
     is_new(input, address) && (link.is_none_or(|link| !link.is_running()) || way_out == Some(&RouteState::Missing))
 }

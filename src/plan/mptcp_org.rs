@@ -57,7 +57,7 @@ pub fn plan<'a>(draft: &mut Draft<'a>) -> Result<()> {
         if draft.is_held_otherwise(&one) {
             continue;
         }
-        let Some(link) = input.facts.links.iter().find(|link| link.index == index) else { continue };
+        let Some(link) = input.facts.link_at(index) else { continue };
         // Whoever of us came first knows what was there before, and what else of it is ours.
         let links = |record: &'a Record| {
             record.versions().flat_map(|version| &version.interfaces).filter_map(|interface| interface.link.as_ref())
@@ -131,7 +131,7 @@ fn give_back_others(draft: &mut Draft) {
         if kept.any(|kept| kept.index == owned.index) {
             continue;
         }
-        let Some(link) = input.facts.links.iter().find(|link| link.index == owned.index) else { continue };
+        let Some(link) = input.facts.link_at(owned.index) else { continue };
         let Some(change) = undo::link(previous, &link.name, owned, input.siblings, input.facts) else { continue };
         let now = link.flags & owned.mask;
         let reverse = Change::LinkFlags { index: link.index, name: link.name.clone(), bits: now, mask: owned.mask };

@@ -486,8 +486,7 @@ fn change(draft: &mut Draft, now: &Routing, wanted: &OwnedRouting, why: &str) {
 
 /// The name of an interface, for people.
 pub fn link_name(facts: &Facts, index: u32) -> String {
-    let link = facts.links.iter().find(|link| link.index == index);
-    link.map_or_else(|| format!("index {index}"), |link| link.name.clone())
+    facts.link_at(index).map_or_else(|| format!("index {index}"), |link| link.name.clone())
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ fn newest<T>(siblings: &[Record], what: impl Fn(&Record) -> Option<T>) -> Option
 }
 
 fn endpoint(record: &Record, owned: &OwnedEndpoint, siblings: &[Record], facts: &Facts, changes: &mut Vec<Change>) {
-    let Some(now) = facts.endpoints.iter().find(|e| e.address == owned.address && e.port.is_none()) else { return };
+    let Some(now) = facts.endpoint(owned.address) else { return };
     // One with another id is somebody else's, made after ours was deleted.
     if owned.id != 0 && owned.id != now.id {
         return;
@@ -102,7 +102,7 @@ pub fn link(record: &Record, name: &str, link: &OwnedLink, siblings: &[Record], 
     };
     let theirs = newest(siblings, |sibling| of(sibling).map(|other| other.bits));
     let back = theirs.unwrap_or(link.original) & link.mask;
-    let now = facts.links.iter().find(|l| l.index == link.index)?.flags & link.mask;
+    let now = facts.link_at(link.index)?.flags & link.mask;
     let is_ours = record.versions().filter_map(of).any(|own| own.bits == now & own.mask);
     let change = Change::LinkFlags { index: link.index, name: name.into(), bits: back, mask: link.mask };
     (is_ours && back != now).then_some(change)

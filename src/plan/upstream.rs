@@ -154,7 +154,7 @@ fn owned<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a OwnedEndpoint> {
 
 /// The present endpoint for an address; one with a port of its own is another one.
 fn present<'a>(draft: &Draft<'a>, address: IpAddr) -> Option<&'a Endpoint> {
-    draft.input.facts.endpoints.iter().find(|e| e.address == address && e.port.is_none())
+    draft.input.facts.endpoint(address)
 }
 
 /// Whether a sibling has an endpoint for the address, too.
