@@ -417,14 +417,13 @@ fn hook_routes(seen: &Seen, endpoint: &Endpoint, home: &Link) -> Option<String> 
     let asked = record.and_then(|record| record.interfaces.iter().find(|interface| interface.name == home.name));
     let request = record.map(|record| &record.request);
     let is_v4 = address.is_ipv4();
+    let routes: Vec<TableRoute> = seen.routes.iter().flat_map(TableRoute::of).collect();
     let gateway = request.and_then(|request| seen.policy.gateway(request, &home.name, is_v4)).or_else(|| {
-        let routes = seen.routes.iter().flat_map(TableRoute::of);
-        let mut theirs = gateways_of_others(routes, home.index, is_v4).map(|gateway| gateway.address);
+        let mut theirs = gateways_of_others(&routes, home.index, is_v4).map(|gateway| gateway.address);
         theirs.next().or_else(|| request?.engines_gateway(&home.name, is_v4))
     });
     // A tunnel's default route has none.
-    let routes = seen.routes.iter().flat_map(TableRoute::of);
-    let is_known = gateway.is_some() || has_direct_default(routes, home.index, is_v4);
+    let is_known = gateway.is_some() || has_direct_default(&routes, home.index, is_v4);
     // Without a word about the gateway the hook would refuse the one that the container's author has named.
     let is_barred = request.is_some_and(|request| {
         let barred = seen.policy.barred_gateways(request);
@@ -478,8 +477,8 @@ fn source_rule(seen: &Seen, endpoint: &Endpoint, home: &Link, way: &Way) -> (Str
     // One table for each interface, so that the commands for several can all be run.
     let table = (FIRST_TABLE.saturating_add(home.index)..).find(|table| !taken.contains(table)).unwrap_or(FIRST_TABLE);
     let prefix = seen.facts.addresses.iter().find(|a| a.ip == address).map_or(whole, |a| a.prefix);
-    let routes = seen.routes.iter().flat_map(TableRoute::of);
-    let is_known = gateway.is_some() || has_direct_default(routes, home.index, address.is_ipv4());
+    let routes: Vec<TableRoute> = seen.routes.iter().flat_map(TableRoute::of).collect();
+    let is_known = gateway.is_some() || has_direct_default(&routes, home.index, address.is_ipv4());
     let via = match gateway {
         Some(gateway) => format!(" via {gateway}"),
         None if is_known => String::new(),

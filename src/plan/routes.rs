@@ -307,7 +307,7 @@ fn free_table(draft: &Draft, now: &Routing) -> u32 {
 /// (the kernel drops all routes with the link, and a DHCP client may delete one before it adds the next), else what the
 /// engine has written down. It is never guessed.
 fn gateway(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) -> Option<Gateway> {
-    let theirs = gateways_of_others(now.routes.iter().cloned(), index, is_v4);
+    let theirs = gateways_of_others(&now.routes, index, is_v4);
     let recorded = known(input, name, index).and_then(|owned| next_hop(&owned.routes, index, is_v4));
     // One that is on no link of an address that went cannot be used.
     let learnt = theirs.chain(recorded).filter(|gateway| gateway.onlink || is_near(input.facts, now, index, gateway));
@@ -324,8 +324,7 @@ fn gateway(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) ->
 /// had one until now.
 fn needs_none(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) -> bool {
     let recorded = known(input, name, index).and_then(|owned| default_by(&owned.routes, index, is_v4));
-    has_direct_default(now.routes.iter().cloned(), index, is_v4)
-        || recorded.is_some_and(|route| route.gateway.is_none())
+    has_direct_default(&now.routes, index, is_v4) || recorded.is_some_and(|route| route.gateway.is_none())
 }
 
 /// Whether an interface's addresses or routes say that a machine is on its link.

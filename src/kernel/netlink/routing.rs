@@ -192,12 +192,8 @@ impl TableRoute {
 }
 
 /// Somebody else's default routes by an interface, in any table.
-fn defaults_of_others(
-    routes: impl Iterator<Item = TableRoute>,
-    ifindex: u32,
-    is_v4: bool,
-) -> impl Iterator<Item = TableRoute> {
-    routes.filter(move |route| {
+fn defaults_of_others(routes: &[TableRoute], ifindex: u32, is_v4: bool) -> impl Iterator<Item = &TableRoute> {
+    routes.iter().filter(move |route| {
         route.is_default()
             && route.ifindex == ifindex
             && route.protocol != PROTOCOL
@@ -206,17 +202,13 @@ fn defaults_of_others(
 }
 
 /// Whether somebody else has a default route by an interface, in any table, that needs no next hop, as tunnels have.
-pub fn has_direct_default(routes: impl Iterator<Item = TableRoute>, ifindex: u32, is_v4: bool) -> bool {
+pub fn has_direct_default(routes: &[TableRoute], ifindex: u32, is_v4: bool) -> bool {
     defaults_of_others(routes, ifindex, is_v4).any(|route| route.gateway.is_none())
 }
 
 /// The next hops of somebody else's default routes by an interface, in any table.
-pub fn gateways_of_others(
-    routes: impl Iterator<Item = TableRoute>,
-    ifindex: u32,
-    is_v4: bool,
-) -> impl Iterator<Item = Gateway> {
-    defaults_of_others(routes, ifindex, is_v4).filter_map(|route| route.next_hop())
+pub fn gateways_of_others(routes: &[TableRoute], ifindex: u32, is_v4: bool) -> impl Iterator<Item = Gateway> {
+    defaults_of_others(routes, ifindex, is_v4).filter_map(TableRoute::next_hop)
 }
 
 /// A rule that says which table to look into.
