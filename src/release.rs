@@ -251,12 +251,12 @@ pub fn give_up_claims(
     if keys.is_empty() {
         return Ok(conflicts);
     }
-    let facts = kernel.facts(keys)?;
+    let seen = kernel.settings(keys)?;
     let boot_id = instance::boot_id()?;
     let own = instance.container.key();
     for key in keys {
         let page = ledger.setting(key);
-        let actual = facts.settings.get(key).and_then(|seen| seen.host.value());
+        let actual = seen.get(key).and_then(|seen| seen.host.value());
         if let Some(actual) = actual {
             page.recover(actual)?;
         }
