@@ -116,14 +116,18 @@ impl Ledger {
 
     /// Those of them that an agent in our user namespace can look into.
     pub fn followed_from_here(&self) -> Result<Vec<String>> {
-        let list = self.followed()?.into_iter();
-        Ok(list.filter(|container| self.is_followed_from_here(container)).collect())
+        let (mut list, own) = (self.followed()?, agent_name());
+        list.retain(|container| self.is_followed_by(container, &own));
+        Ok(list)
     }
 
     /// Whether an agent in our user namespace can look into the container. A user's engines have one each, and see
     /// nothing of each other's.
     pub fn is_followed_from_here(&self, container: &str) -> bool {
-        let own = agent_name();
+        self.is_followed_by(container, &agent_name())
+    }
+
+    fn is_followed_by(&self, container: &str, own: &str) -> bool {
         own == AGENT || self.listed(container).is_none_or(|listed| listed.agent == own)
     }
 
@@ -238,10 +242,8 @@ impl AgentProcess {
 /// The name of the agent's files. A user has several engines, each of them perhaps in a user namespace of its own, out of
 /// which its agent cannot look.
 fn agent_name() -> String {
-    match own_user_namespace() {
-        Some(inode) if !in_initial_user_namespace() => format!("agent.{inode}"),
-        _ => AGENT.into(),
-    }
+    let other = if in_initial_user_namespace() { None } else { own_user_namespace() };
+    other.map_or_else(|| AGENT.into(), |inode| format!("agent.{inode}"))
 }
 
 /// The name of the lock of the agent for all containers, or for one.
