@@ -38,7 +38,7 @@ pub fn is_first(input: &Input, name: &str) -> bool {
 }
 
 /// Says that `what` is left as somebody else has made it.
-pub fn leave(entry: &mut Interface, what: &str) {
+fn leave(entry: &mut Interface, what: &str) {
     entry.state = State::Drifted;
     entry.reason = Some(format!("somebody changed {what} again after it was put back; mptcp-hook apply sets it anew"));
 }

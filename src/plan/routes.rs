@@ -105,27 +105,16 @@ pub struct Ways {
     pub owned: Option<OwnedRouting>,
     /// Why some addresses have no way out.
     pub lacking: Option<String>,
-    /// Somebody else's change to it.
-    pub foreign: Option<Foreign>,
-}
-
-/// What becomes of somebody else's change to a way out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Foreign {
-    /// It is undone.
-    PutBack,
-    /// It was undone once, and is left alone now.
-    Left,
+    /// Whether somebody else has changed it.
+    pub is_foreign: bool,
 }
 
 impl Ways {
     /// Enters them into the interface's record.
     pub fn enter(self, input: &Input, entry: &mut Interface) {
         entry.routing = self.owned;
-        match self.foreign {
-            Some(Foreign::PutBack) => entry.corrected = Some(input.time),
-            Some(Foreign::Left) => following::leave(entry, "the rules of its way out"),
-            None => {}
+        if self.is_foreign {
+            following::puts_back(input, entry, "the rules of its way out");
         }
         if let (Some(lacking), State::Applied) = (self.lacking, entry.state) {
             entry.state = State::Pending;
@@ -256,8 +245,8 @@ pub fn plan(draft: &mut Draft, name: &str, index: u32, addresses: &[IpAddr], ask
             }
         }
     }
-    ways.foreign = foreign(input, name, &before, &wanted);
-    if ways.foreign == Some(Foreign::Left) {
+    ways.is_foreign = is_foreign(input, name, &before, &wanted);
+    if ways.is_foreign && !following::is_first(input, name) {
         ways.owned = known.cloned();
         return ways;
     }
@@ -279,17 +268,14 @@ fn known<'a>(input: &Input<'a>, name: &str, index: u32) -> Option<&'a OwnedRouti
     records.flat_map(|record| &record.interfaces).find_map(of)
 }
 
-/// Whether somebody has deleted rules that are still wanted, and what becomes of it. The routes are another matter: the
-/// kernel itself drops them with the link.
-fn foreign(input: &Input, name: &str, before: &OwnedRouting, wanted: &OwnedRouting) -> Option<Foreign> {
-    if input.previous.is_some_and(|record| record.at_work.is_some()) {
-        // After interrupted work, a difference may be a half of our own.
-        return None;
-    }
-    let own = following::recorded(input, name)?.routing.as_ref()?;
+/// Whether somebody has deleted rules that are still wanted. The routes are another matter: the kernel itself drops them
+/// with the link.
+fn is_foreign(input: &Input, name: &str, before: &OwnedRouting, wanted: &OwnedRouting) -> bool {
+    // After interrupted work, a difference may be a half of our own.
+    let is_interrupted = input.previous.is_some_and(|record| record.at_work.is_some());
+    let own = following::recorded(input, name).and_then(|entry| entry.routing.as_ref());
     let is_gone = |rule: &Rule| wanted.rules.contains(rule) && !before.rules.contains(rule);
-    let is_first = following::is_first(input, name);
-    own.rules.iter().any(is_gone).then_some(if is_first { Foreign::PutBack } else { Foreign::Left })
+    !is_interrupted && own.is_some_and(|own| own.rules.iter().any(is_gone))
 }
 
 /// A table that neither a route nor a rule knows, nor a record, nor the plan so far.
