@@ -153,7 +153,7 @@ pub fn give_back_others(draft: &mut Draft) {
     }
     for table in &left {
         let why = format!("the way out in table {table}, which is not needed any more");
-        change(draft, now, &OwnedRouting { table: *table, ..OwnedRouting::default() }, &why);
+        change(draft, &ours(now, *table), &OwnedRouting::default(), &why);
     }
     draft.plan.leaving_tables = left;
 }
@@ -231,9 +231,10 @@ pub fn plan(draft: &mut Draft, name: &str, index: u32, addresses: &[IpAddr], ask
             ways.lacking = Some(format!("{name} is down; it gets its way out when it is up"));
             return ways;
         }
-        let gateway = gateway(input, now, name, index, is_v4);
+        let recorded = known.and_then(|owned| default_by(&owned.routes, index, is_v4));
+        let gateway = gateway(input, now, recorded, name, index, is_v4);
         match gateway.map(|gateway| agreed(draft, name, index, gateway)) {
-            None if needs_none(input, now, name, index, is_v4) => lead(draft, &mut wanted, name, index, &sources, None),
+            None if needs_none(now, recorded, index, is_v4) => lead(draft, &mut wanted, name, index, &sources, None),
             Some(gateway) => lead(draft, &mut wanted, name, index, &sources, Some(gateway)),
             // Sockets that are bound get out, by routes that do not lead everywhere.
             None if !is_there && !is_missing => {}
@@ -252,7 +253,7 @@ pub fn plan(draft: &mut Draft, name: &str, index: u32, addresses: &[IpAddr], ask
     }
     // What was there before goes with the tables that nobody has any more.
     if !wanted.rules.is_empty() {
-        change(draft, now, &wanted, &format!("routes=auto of {name}"));
+        change(draft, &before, &wanted, &format!("routes=auto of {name}"));
         ways.owned = Some(wanted);
     }
     ways
@@ -292,9 +293,16 @@ fn free_table(draft: &Draft, now: &Routing) -> u32 {
 /// The next hop: what is asked for, else what somebody's default route by this interface has, else what served until now
 /// (the kernel drops all routes with the link, and a DHCP client may delete one before it adds the next), else what the
 /// engine has written down. It is never guessed.
-fn gateway(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) -> Option<Gateway> {
+fn gateway(
+    input: &Input,
+    now: &Routing,
+    recorded: Option<&TableRoute>,
+    name: &str,
+    index: u32,
+    is_v4: bool,
+) -> Option<Gateway> {
     let theirs = gateways_of_others(&now.routes, index, is_v4);
-    let recorded = known(input, name, index).and_then(|owned| next_hop(&owned.routes, index, is_v4));
+    let recorded = recorded.and_then(TableRoute::next_hop);
     // One that is on no link of an address that went cannot be used.
     let learnt = theirs.chain(recorded).filter(|gateway| gateway.onlink || is_near(input.facts, now, index, gateway));
     let learnt: Vec<Gateway> = learnt.collect();
@@ -308,8 +316,7 @@ fn gateway(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) ->
 
 /// Whether packets to everywhere need no next hop by an interface: somebody has a default route by it that has none, or it
 /// had one until now.
-fn needs_none(input: &Input, now: &Routing, name: &str, index: u32, is_v4: bool) -> bool {
-    let recorded = known(input, name, index).and_then(|owned| default_by(&owned.routes, index, is_v4));
+fn needs_none(now: &Routing, recorded: Option<&TableRoute>, index: u32, is_v4: bool) -> bool {
     has_direct_default(&now.routes, index, is_v4) || recorded.is_some_and(|route| route.gateway.is_none())
 }
 
@@ -435,7 +442,7 @@ fn network(address: IpAddr, prefix: u8) -> IpAddr {
 }
 
 /// The steps from what is ours in a table to what shall be. A rule never leads to a table that is empty.
-fn change(draft: &mut Draft, now: &Routing, wanted: &OwnedRouting, why: &str) {
+fn change(draft: &mut Draft, before: &OwnedRouting, wanted: &OwnedRouting, why: &str) {
     let input = draft.input;
     let siblings = input.siblings.iter().flat_map(Record::versions).flat_map(|record| &record.interfaces);
     let theirs: Vec<&OwnedRouting> = siblings.filter_map(|interface| interface.routing.as_ref()).collect();
@@ -444,7 +451,6 @@ fn change(draft: &mut Draft, now: &Routing, wanted: &OwnedRouting, why: &str) {
         let same = |new: &TableRoute| (new.destination, new.prefix) == (route.destination, route.prefix);
         wanted.routes.iter().any(same) || !theirs.iter().any(|routing| routing.routes.contains(route))
     };
-    let before = ours(now, wanted.table);
     for rule in before.rules.iter().filter(|rule| !wanted.rules.contains(rule)) {
         if !theirs.iter().any(|routing| routing.rules.contains(rule)) {
             draft.step(Change::DeleteRule(rule.clone()), Some(Change::AddRule(rule.clone())), why);
