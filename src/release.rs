@@ -284,7 +284,7 @@ pub fn give_up_claims(
                     kernel.confirm(&[&change])?;
                 }
                 page.set_value(&setting.at(back))?;
-                page.mark_overridden(&left, back)?;
+                page.mark_overridden(key, left.iter().copied(), back)?;
                 page.fulfil()?;
             }
             // The page keeps the original for whoever can put it back.

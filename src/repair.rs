@@ -329,7 +329,7 @@ impl Work {
             page.tidy()?;
             return Ok(false);
         };
-        page.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &now.value)?;
+        page.mark_overridden(key, &now.claims, &now.value)?;
         // An interrupted apply is finished or undone as a whole, by the next one or by a release.
         let is_interrupted = relied.iter().any(|said| said.firm.is_none());
         Ok(!is_interrupted && (struck || now.claims.is_empty()) && now.left_behind(&boot_id).is_some())

@@ -337,7 +337,7 @@ impl Page {
         }
         if let Some(before) = &before {
             // Others may have wanted this very value and been overridden before.
-            self.mark_overridden(&before.claims.iter().collect::<Vec<_>>(), &claim.value)?;
+            self.mark_overridden(&claim.key, &before.claims, &claim.value)?;
         }
         for dead in &claim.dead {
             self.unclaim(dead)?;
@@ -368,7 +368,7 @@ impl Page {
             Some(before) => {
                 self.set_value(before)?;
                 if let Some(now) = self.read()? {
-                    self.mark_overridden(&now.claims.iter().collect::<Vec<_>>(), &before.value)?;
+                    self.mark_overridden(&before.key, &now.claims, &before.value)?;
                 }
             }
             None => self.forget()?,
@@ -399,12 +399,16 @@ impl Page {
     }
 
     /// Marks the claims whose value is not the one in force.
-    pub fn mark_overridden(&self, claims: &[&Claim], in_force: &str) -> Result<()> {
+    pub fn mark_overridden<'a>(
+        &self,
+        key: &SettingKey,
+        claims: impl IntoIterator<Item = &'a Claim>,
+        in_force: &str,
+    ) -> Result<()> {
         for claim in claims {
-            let Some(setting) = self.read_value()? else { return Ok(()) };
-            let overridden = !setting::same(&setting.key, &claim.value, in_force);
+            let overridden = !setting::same(key, &claim.value, in_force);
             if claim.overridden != overridden {
-                self.claim(&Claim { overridden, ..(*claim).clone() })?;
+                self.claim(&Claim { overridden, ..claim.clone() })?;
             }
         }
         Ok(())
@@ -423,7 +427,7 @@ impl Page {
                     now.original_since = newest;
                 }
                 self.set_value(&now)?;
-                self.mark_overridden(&setting.claims.iter().collect::<Vec<_>>(), &intent.wanted)?;
+                self.mark_overridden(&setting.key, &setting.claims, &intent.wanted)?;
             }
         }
         // It did not, or somebody else has written since: nothing to do about it.
