@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use super::{Clash, Draft, Input, following, named};
 use crate::kernel::netlink::routing::{Gateway, PROTOCOL, gateways_of_others, has_direct_default};
-use crate::kernel::{Change, ENDPOINTS_MAX, Facts, RouteState, Routing, Rule, TableRoute};
+use crate::kernel::{Change, ENDPOINTS_MAX, Facts, Link, RouteState, Routing, Rule, TableRoute};
 use crate::ledger::record::{Interface, OwnedRouting, Record, State};
 use crate::policy::{Barred, Policy};
 use crate::request::flags::InterfaceFlags;
@@ -44,35 +44,36 @@ fn is_strict(input: &Input, interface: &str) -> bool {
     strictest == Some(1) || strictest == Some(2) && input.previous.is_some_and(relaxed)
 }
 
-/// The `rp_filter` of interfaces that would drop the answers to what leaves by them, although our rules are there: a rule
-/// of somebody else comes before them. With the wish that it comes from.
-pub fn relaxed<'a>(input: &Input<'a>) -> Vec<(SettingKey, &'a Wish)> {
+/// The interfaces whose `rp_filter` would drop the answers to what leaves by them, although our rules are there: a rule of
+/// somebody else comes before them. With the wish that it comes from.
+pub fn relaxed<'a>(input: &Input<'a>) -> Vec<(&'a Link, &'a Wish)> {
     let (Some(now), Some((wish, Routes::Auto))) = (&input.facts.routing, input.request.asked_routes()) else {
         return Vec::new();
     };
     if input.policy.allows_routes(&wish.source).is_err() {
         return Vec::new();
     }
-    let mut keys = Vec::new();
+    let mut links: Vec<(&Link, &Wish)> = Vec::new();
     for (address, index) in input.facts.elsewhere.iter().filter(|(address, _)| address.is_ipv4()) {
         let Some(link) = input.facts.links.iter().find(|link| link.index == *index) else { continue };
         let has_rule = now.rules.iter().any(|rule| rule.protocol == PROTOCOL && rule.from == Some(*address));
         let is_path = matches!(input.request.interface(&link.name), Ok(Some((_, InterfaceFlags::Endpoint(_)))));
-        let [_, key] = rp_filters(&link.name);
-        if has_rule && is_path && is_strict(input, &link.name) && !keys.iter().any(|(known, _)| *known == key) {
-            keys.push((key, wish));
+        let is_known = links.iter().any(|(known, _)| known.index == *index);
+        if has_rule && is_path && is_strict(input, &link.name) && !is_known {
+            links.push((link, wish));
         }
     }
-    keys
+    links
 }
 
 /// The agent writes no setting. Where a filter stands against a way out that came after somebody asked, it says what does.
 pub fn warn_of_filters(draft: &mut Draft) {
     let input = draft.input;
-    for (key, wish) in relaxed(input) {
-        let link = input.facts.links.iter().find(|link| rp_filters(&link.name)[1] == key);
-        let is_asked = input.request.settings().contains_key(&key);
-        let Some(link) = link.filter(|link| !is_asked && strictest(input, &link.name) == Some(1)) else { continue };
+    for (link, wish) in relaxed(input) {
+        let [_, key] = rp_filters(&link.name);
+        if strictest(input, &link.name) != Some(1) || input.request.settings().contains_key(&key) {
+            continue;
+        }
         draft.warn(format!(
             "{}: {} makes it a way out, but somebody's rule comes first and rp_filter is strict: the kernel drops the answers that come in by it; mptcp-hook apply {} --routes auto makes it loose",
             link.name, wish.source, input.container

@@ -119,7 +119,8 @@ fn cases<'a>(draft: &Draft<'a>) -> Result<Vec<Case<'a>>> {
             Some(_) => {}
         }
     }
-    for (key, wish) in routes::relaxed(draft.input) {
+    for (link, wish) in routes::relaxed(draft.input) {
+        let [_, key] = routes::rp_filters(&link.name);
         let seen = facts.settings.get(&key).cloned().unwrap_or_default();
         let case = Case { key: key.clone(), value: routes::LOOSE.into(), wish, seen, follows_from: true };
         // What is asked for by name counts.
