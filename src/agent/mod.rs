@@ -716,6 +716,23 @@ impl<'a> Agent<'a> {
         drop(visit);
         let source = self.source(&instance, elsewhere)?;
         let members = self.watch.directory(&self.ledger.members_directory(&instance.netns))?;
+        let container = self.container(instance, name, source, process, members)?;
+        // Whatever the pid stands for by now, the start time tells.
+        if !container.instance.is_alive(&self.boot_id) {
+            bail!("process {pid} has ended");
+        }
+        Ok(container)
+    }
+
+    /// Begins to wait for the end of a container's process and for changes in its namespace.
+    fn container(
+        &mut self,
+        instance: Instance,
+        name: String,
+        source: Source,
+        process: Lifeline,
+        members: Directory,
+    ) -> Result<Container> {
         let number = self.next_number;
         self.next_number += 1;
         if let Some(process) = process.pidfd() {
@@ -723,10 +740,6 @@ impl<'a> Agent<'a> {
         }
         if let Source::Own(events) = &source {
             self.watch.changes(number, events)?;
-        }
-        // Whatever the pid stands for by now, the start time tells.
-        if !instance.is_alive(&self.boot_id) {
-            bail!("process {pid} has ended");
         }
         Ok(Container {
             instance,
@@ -796,34 +809,15 @@ impl<'a> Agent<'a> {
             std::process::exit(i32::from(done.is_err()));
         };
         let worker = Worker::started(pid);
-        let number = self.next_number;
-        self.next_number += 1;
-        let watched = lock.leave_to_child().and_then(|()| Lifeline::of(pid.as_raw() as u32)).and_then(|process| {
-            process.pidfd().map_or(Ok(()), |process| self.watch.process(number, process))?;
-            Ok(process)
-        });
-        let process = match watched {
-            Ok(process) => process,
-            Err(error) => {
-                // Nobody would hear of its end.
-                let _ = kill(pid, Signal::SIGKILL);
-                worker.reap();
-                return Err(error);
-            }
-        };
-        Ok(Some(Container {
-            instance,
-            name,
-            number,
-            source: Source::Worker(worker),
-            process,
-            members,
-            waiting: None,
-            pace: Pace::new(Instant::now()),
-            interrupted: false,
-            seen: false,
-            drifted: BTreeMap::new(),
-        }))
+        let process = lock.leave_to_child().and_then(|()| Lifeline::of(pid.as_raw() as u32));
+        let begun =
+            process.and_then(|process| self.container(instance, name, Source::Worker(worker), process, members));
+        if begun.is_err() {
+            // Nobody would hear of its end.
+            let _ = kill(pid, Signal::SIGKILL);
+            worker.reap();
+        }
+        begun.map(Some)
     }
 
     /// Enters a container's namespaces for good.
