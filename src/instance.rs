@@ -267,6 +267,14 @@ fn is_being_killed(pid: u32) -> bool {
     ["SigPnd:", "ShdPnd:"].into_iter().filter_map(pending).any(|signals| signals & kill != 0)
 }
 
+/// The pid of the parent of a process (a pid or `self`) as `/proc` has it, whatever pid namespace we are in. At
+/// createContainer our own is the container's init.
+pub fn parent_of(process: &str) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    line.trim().parse().ok().filter(|pid| *pid > 0)
+}
+
 /// Opens the namespace of a process and makes sure that it is the process's all along.
 pub fn open_netns_of(pid: u32) -> Result<(Namespace, Process)> {
     let before = Process::read(pid)?;

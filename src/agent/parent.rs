@@ -9,6 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::End;
+use crate::instance::parent_of;
 use crate::kernel::sysctl::read_text;
 
 /// How long after the end of a container conmon is where it waits; it doubles with each try, each of which costs a new
@@ -75,21 +76,22 @@ pub fn time_in_hooks_cgroups() -> Duration {
 
 /// Whether crun may wait for the end of this process, now or when the hook that has forked it has ended.
 pub fn may_wait() -> bool {
-    let mut pid = nix::unistd::getppid().as_raw();
-    while pid > 1 {
-        // proc(5): pid (name) state parent
-        let stat = read_text(&format!("/proc/{pid}/stat")).unwrap_or_default();
-        let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')) else { return false };
-        if name == "crun" {
+    let mut pid = u32::try_from(nix::unistd::getppid().as_raw()).ok();
+    while let Some(process) = pid.filter(|pid| *pid > 1) {
+        if name_of(process).as_deref() == Some("crun") {
             return true;
         }
-        pid = rest.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()).unwrap_or_default();
+        pid = parent_of(&process.to_string());
     }
     false
 }
 
 fn parent_name() -> Option<String> {
-    read_text(&format!("/proc/{}/comm", nix::unistd::getppid()))
+    name_of(nix::unistd::getppid())
+}
+
+fn name_of(pid: impl std::fmt::Display) -> Option<String> {
+    read_text(&format!("/proc/{pid}/comm"))
 }
 
 /// Whether a process has no child but us. Where the kernel does not list them (CONFIG_PROC_CHILDREN), it may be so.

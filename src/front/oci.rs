@@ -14,7 +14,7 @@ use super::bundle::Bundle;
 use super::{Apply, Call, ContainerFiles, Place, gateways};
 use crate::deadline::Deadline;
 use crate::error::usage;
-use crate::instance::{ContainerId, Door, netns_inode};
+use crate::instance::{ContainerId, Door, netns_inode, parent_of};
 use crate::policy::Policy;
 use crate::policy::container_file::Name;
 use crate::request::{Request, What, Wish, annotations};
@@ -193,13 +193,6 @@ fn is_inside_container() -> Result<bool> {
 fn is_in_runtimes_netns() -> Option<bool> {
     let runtime = parent_of(&parent_of("self")?.to_string())?;
     Some(netns_inode(&format!("/proc/{runtime}/ns/net"))? == netns_inode("/proc/self/ns/net")?)
-}
-
-/// The pid of a process's parent as `/proc` has it; of our own it is the container's init at createContainer.
-fn parent_of(process: &str) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-    line.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
 #[cfg(test)]
