@@ -114,7 +114,7 @@ fn temporary(path: &Path) -> io::Result<PathBuf> {
 /// Reads a file of ours; None if it is not there. A [`Fault`] says that it cannot be taken at its word: its content, or
 /// that others could have written it.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    read_unless(OTHERS_WRITE, path)
+    parse_file(open(path), || path.into(), |metadata| not_ours(metadata, OTHERS_WRITE, me()))
 }
 
 /// Reads a file to show what it says, whoever may have written it, and what is wrong with it.
@@ -137,11 +137,6 @@ fn to_show<T: DeserializeOwned>(
         }
         Err(error) => (None, Some(error)),
     }
-}
-
-/// Reads a file unless it belongs to somebody else or its mode has one of the bits `others`.
-fn read_unless<T: DeserializeOwned>(others: u32, path: &Path) -> Result<Option<T>> {
-    parse_file(open(path), || path.into(), |metadata| not_ours(metadata, others, me()))
 }
 
 /// Nothing that lies in a file's place leads elsewhere or makes the caller wait.
