@@ -136,17 +136,13 @@ pub fn setting(
 /// The record of a value of ours that could not be put back, because the setting cannot be read from here.
 pub fn out_of_reach(instance: &Instance, key: &SettingKey, ours: &str, back: &str, time: u64) -> Conflict {
     Conflict {
-        time,
-        container: instance.container.id.clone(),
-        key: key.to_string(),
         wanted: back.into(),
         kept: ours.into(),
-        holders: Vec::new(),
-        outcome: ConflictOutcome::Drift,
         reason: format!(
             "{key} cannot be read from here (another network namespace than the host's, or its module is gone), so that it \
              was not put back from {ours} to {back}; run mptcp-hook repair in the host's network namespace"
         ),
+        ..drift(instance, key, ours, back, time)
     }
 }
 
