@@ -134,10 +134,7 @@ fn begin(ledger: &Ledger, key: &str, position: Position, context: &Context, glob
         }
         std::thread::sleep(LOCK_PAUSE);
     };
-    match only {
-        None => start(lock, ledger, globals, Stance::home),
-        Some(key) => start(lock, ledger, globals, || Ok(Stance::Inside(key.into()))),
-    }?;
+    start(lock, ledger, globals, || only.map_or_else(Stance::home, |key| Ok(Stance::Inside(key.into()))))?;
     Ok(Following::Yes)
 }
 
