@@ -63,12 +63,13 @@ impl Record {
 
     /// Whether the same things are ours by both.
     pub fn owns_the_same(&self, other: &Self) -> bool {
-        let interfaces = |record: &Self| -> Vec<_> {
-            let owned = |i: &Interface| (i.endpoints.clone(), i.link.clone(), i.routing.clone());
-            record.interfaces.iter().map(owned).collect()
+        let same = |(a, b): (&Interface, &Interface)| {
+            (&a.endpoints, &a.link, &a.routing) == (&b.endpoints, &b.link, &b.routing)
         };
-        let rest = |record: &Self| (record.leaving.clone(), record.leaving_tables.clone(), record.limits);
-        interfaces(self) == interfaces(other) && rest(self) == rest(other) && self.settings == other.settings
+        self.interfaces.len() == other.interfaces.len()
+            && self.interfaces.iter().zip(&other.interfaces).all(same)
+            && (&self.leaving, &self.leaving_tables) == (&other.leaving, &other.leaving_tables)
+            && (self.limits, &self.settings) == (other.limits, &other.settings)
     }
 
     /// Its endpoints, those included that are being deleted, in all versions.
