@@ -1,5 +1,6 @@
 //! The verb `status`: the ledger, held against what is alive and what the kernel says now. Takes no lock, changes nothing.
 
+use std::cell::LazyCell;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -7,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::agent::start;
+use crate::agent::start::{self, Starter};
 use crate::context::Context;
 use crate::deadline::Deadline;
 use crate::error::{shown, usage};
@@ -159,6 +160,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
         }
     }
     let followed = ledger.followers()?;
+    let starter = LazyCell::new(|| Starter::of(ledger.directory()));
     let containers = records.into_iter().map(|record| {
         let live = living.has(&record.instance);
         let followed = live && !followed.is_empty() && followed.contains(&record.instance.container.key());
@@ -167,7 +169,7 @@ pub fn status(context: &Context, name: Option<&str>) -> Result<Status> {
             live,
             interrupted: record.at_work.as_ref().is_some_and(|writer| !is_working(writer)),
             followed,
-            not_followed: should_be.then(|| start::why_not(&ledger, &record)),
+            not_followed: should_be.then(|| start::why_not(&ledger, &record, &starter)),
             drifted: Vec::new(),
             record,
         }

@@ -34,20 +34,20 @@ const LOCK_PAUSE: Duration = Duration::from_millis(1);
 /// Nothing tells when a namespace that is only bound to a path is not needed any more.
 const NO_PROCESS: &str = "only containers with a process can be followed";
 
-/// Why nobody follows a container that needs it.
-pub fn why_not(ledger: &Ledger, record: &Record) -> String {
+/// Why nobody follows a container that needs it; `starter` is the one for the ledger's directory.
+pub fn why_not(ledger: &Ledger, record: &Record, starter: &Starter) -> String {
     if record.instance.pid.is_none() {
         return NO_PROCESS.into();
     }
     if !ledger.is_followed(&record.instance.container.key()) {
         return "it is not on the agent's list (the hook was killed, or could not write there); mptcp-hook apply puts it there".into();
     }
-    match Starter::of(ledger.directory()) {
+    match starter {
         Starter::Hook => "no agent runs; start mptcp-hook agent, or apply again".into(),
         Starter::Unit(systemctl) => format!(
             "no agent runs although {UNIT} is enabled, which starts one unless it is stopped ({systemctl} start {UNIT}) or the agent fails ({systemctl} status {SERVICE})"
         ),
-        Starter::Nobody(why) => why,
+        Starter::Nobody(why) => why.clone(),
     }
 }
 
@@ -139,7 +139,7 @@ fn begin(ledger: &Ledger, key: &str, position: Position, context: &Context, glob
 }
 
 /// Who starts an agent if none runs.
-enum Starter {
+pub enum Starter {
     /// The hook.
     Hook,
     /// The unit, which is this command's to look at.
@@ -150,7 +150,7 @@ enum Starter {
 
 impl Starter {
     /// Under systemd it is the unit, and nobody else.
-    fn of(state_dir: &Path) -> Self {
+    pub fn of(state_dir: &Path) -> Self {
         if !Path::new(SYSTEMD).is_dir() {
             return Self::Hook;
         }
