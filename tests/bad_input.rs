@@ -216,10 +216,16 @@ fn a_recycled_pid_is_another_process() {
          ip -n other link set far up
          ip -n other mptcp endpoint add 10.0.2.2 id 1 dev eth1 subflow backup
          ip netns exec other sh -c 'echo 9 >/proc/sys/net/mptcp/stale_loss_cnt'");
+    // The kernel notices when it gets to it, and what is compared has the links' states.
+    wait_until("links that are up", LIMIT, || sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2);
+    // Others start processes, too, and may be given the pid first.
     let script = format!(
-        "while ! [ -e /proc/{pid} ]; do
+        "got=
+         until [ \"$got\" = {pid} ]; do
+           [ -z \"$got\" ] || kill \"$got\"
            echo {} >/proc/sys/kernel/ns_last_pid
-           exec nsenter --net=/run/netns/other sleep 1000 &
+           nsenter --net=/run/netns/other sleep 1000 &
+           got=$!
          done
          there=$(stat -L -c %i /run/netns/other)
          until [ \"$(stat -L -c %i /proc/{pid}/ns/net)\" = \"$there\" ]; do sleep 0.02; done
@@ -227,8 +233,6 @@ fn a_recycled_pid_is_another_process() {
         pid - 1
     );
     let other = sandbox.spawn(&["sh", "-ec", &script]);
-    // The kernel notices when it gets to it, and what is compared has the links' states.
-    wait_until("links that are up", LIMIT, || sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2);
     wait_until("a process with the old pid", LIMIT, || other.stdout().contains("ready"));
     let theirs = || {
         let netns = Netns::named("other");

@@ -970,8 +970,8 @@ fn doctor_probes_a_peer_that_hangs_up() {
     fn world(sandbox: &Sandbox) -> World<'_> {
         let world = World::new(sandbox);
         world.web.oci(&["--interface", "eth1=backup"]).ok();
-        // The path is never up in time.
-        sandbox.sh_in(world.paths.server(), "ip addr del 10.0.2.1/24 dev eth1");
+        // The path is never up: nobody has this link address, and nothing else is wrong with the gateway.
+        world.sh("ip neigh replace 10.0.2.1 lladdr 02:00:00:00:00:77 dev eth1 nud permanent");
         world
     }
     let judge = |found: Diagnosis| {
@@ -998,17 +998,18 @@ fn doctor_probes_a_peer_that_hangs_up() {
     let world = world(&sandbox);
     let program = hook().display().to_string();
     let probe = || sandbox.spawn(&[&program, "doctor", "--json", world.web.id(), "--probe", "10.0.0.1:5000"]);
-    // Without a program, which takes its time on a slow machine: the peer has a second from the first SYN of a join on.
-    let has_connected = || {
+    // Not before a join is tried: then the probe has seen that the connection is MPTCP. The peer has a second from there
+    // on, and a program that looked would take its time on a slow machine.
+    let is_joining = || {
         let sockets = sandbox.inside(&ctr(), || std::fs::read_to_string("/proc/thread-self/net/tcp"));
-        // The server's address, and the state: established.
-        sockets.expect("the sockets").lines().any(|line| line.contains(" 0100000A:1388 01 "))
+        // The server's address, and the state: SYN sent.
+        sockets.expect("the sockets").lines().any(|line| line.contains(" 0100000A:1388 02 "))
     };
     judge(wait_for("a peer that hangs up first", LIMIT, || {
         let server = Server::of_one(&sandbox, world.paths.server());
         let _accepted = Sender::idle(&sandbox, world.paths.server(), world.paths.address());
         let probe = probe();
-        wait_until("the probe", LIMIT, has_connected);
+        wait_until("a join", LIMIT, is_joining);
         drop(server);
         let found = Diagnosis::read(probe.wait(LIMIT));
         (!found.has("probe-subflow-missing")).then_some(found)
