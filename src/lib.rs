@@ -94,7 +94,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
 fn watch_status(globals: &Globals, name: Option<&str>) -> Result<()> {
     loop {
         let status = status::status(&Context::new(globals, Instant::now())?, name)?;
-        if !report::print_in_place(&report::text::status(&status)) {
+        if !report::terminal::print_in_place(&report::text::status(&status)) {
             return Ok(());
         }
         std::thread::sleep(WATCH_PAUSE);

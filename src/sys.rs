@@ -45,6 +45,14 @@ fn set_option<T>(socket: BorrowedFd, level: i32, name: i32, value: &T) -> io::Re
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How many rows and columns a terminal has, 0 where it does not know (ioctl_tty(2)); none if it is no terminal.
+pub fn terminal_size(terminal: BorrowedFd) -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the kernel writes one `winsize` to the live local that the pointer leads to, or nothing.
+    let result = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0).then_some((size.ws_row, size.ws_col))
+}
+
 /// Has a packet socket receive from all interfaces of its namespace, now and later (packet(7)).
 pub fn bind_to_all_interfaces(socket: BorrowedFd) -> io::Result<()> {
     let address = libc::sockaddr_ll {

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use nix::fcntl::{Flock, FlockArg};
 use nix::net::if_::if_nametoindex;
+use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -2576,6 +2577,38 @@ fn status_is_shown_again_and_again_until_nobody_reads_it() {
     assert!(ended.success(), "{ended}");
     let refused = sandbox.hook(&["status", "--watch", "--json"]);
     assert_eq!(refused.code, Some(2), "{refused}");
+}
+
+/// On a terminal each page takes the place of the one before, and what has no room there does not make it scroll.
+#[test]
+fn status_on_a_terminal_stays_in_its_place() {
+    let sandbox = Sandbox::new();
+    let container = wired(&sandbox, "web");
+    container.oci(&BACKUP).ok();
+    let size = Winsize { ws_row: 5, ws_col: 40, ws_xpixel: 0, ws_ypixel: 0 };
+    let pty = openpty(Some(&size), None).expect("a terminal");
+    let argv = [&hook().display().to_string(), "status", "--watch"];
+    let mut watch = sandbox.start_in(&sandbox.open_netns(&Netns::Host), &argv, |command| {
+        command.stdin(Stdio::null()).stdout(pty.slave);
+    });
+    let mut screen = File::from(pty.master);
+    let mut said = String::new();
+    let mut pages = 0;
+    while pages < 3 {
+        let mut part = [0; 4096];
+        let length = screen.read(&mut part).expect("what the terminal is told");
+        said.push_str(std::str::from_utf8(&part[..length]).expect("whole letters"));
+        // The last one may not be there to its end.
+        pages = said.matches("\x1b[H").count().saturating_sub(1);
+    }
+    for page in said.split("\x1b[H").skip(1).take(pages) {
+        let rows: Vec<&str> = page.lines().collect();
+        assert!(rows.len() <= 5 && rows[3].contains("more lines") && rows.last() == Some(&"\x1b[J"), "{page:?}");
+        assert!(rows.iter().all(|row| row.trim_start_matches("\x1b[K").chars().count() <= 40), "{page:?}");
+    }
+    // The terminal is closed.
+    drop(screen);
+    wait_until("the end of status --watch", LIMIT, || watch.try_wait().expect("waiting for it").is_some());
 }
 
 /// What happens is in the journal, with the container's name.
