@@ -26,6 +26,7 @@ with_each_runtime! {
     createruntime_missing_route_is_said_and_mended,
     createruntime_missing_interface_is_pending,
     createruntime_in_the_hosts_namespace_is_refused,
+    createruntime_without_mptcp_does_as_on_error_says,
     createruntime_shared_namespace_is_left_by_one_then_the_other,
     createruntime_without_a_wish_does_nothing,
     apply_switches_the_live_connections_of_a_container,
@@ -397,6 +398,38 @@ fn createruntime_missing_interface_is_pending(runtime: Runtime) {
     assert_only_endpoint(&sandbox, &container_netns(), [10, 0, 2, 2], &["backup", "subflow"]);
 
     container.delete();
+    sandbox.assert_ledger_is_empty();
+}
+
+/// A kernel without MPTCP stops the container, or it starts without; its end is silent.
+fn createruntime_without_mptcp_does_as_on_error_says(runtime: Runtime) {
+    let sandbox = Sandbox::new();
+    let _paths = TwoPaths::with_container_netns(&sandbox, &Wiring::new());
+    let write = |what: &str| {
+        Bundle::new(&sandbox, what)
+            .in_netns("ctr")
+            .hook(Stage::CreateRuntime, HookEntry::oci_behind(WITHOUT_MPTCP))
+            .hook(Stage::Poststop, HookEntry::oci_behind(WITHOUT_MPTCP))
+            .annotation("mptcp-hook/interface.eth1", "backup")
+            .write(runtime)
+    };
+    let strict = write("strict");
+    let message = strict.create().expect_err("a kernel without MPTCP");
+    assert!(exit_status(&message, 1) && message.contains("has no MPTCP"), "{message}");
+    assert_not_there(&strict);
+
+    sandbox.policy("on-error = \"continue\"\n");
+    let tolerant = write("tolerant");
+    tolerant.create().unwrap_or_else(|message| panic!("not created: {message}"));
+    tolerant.start();
+    assert_eq!(tolerant.state()["status"], "running");
+    assert_eq!(sandbox.endpoints(&container_netns()), []);
+    let messages = tolerant.messages();
+    if runtime == Runtime::Crun {
+        assert!(messages.contains("has no MPTCP") && messages.contains("the container starts without"), "{messages}");
+    }
+    tolerant.delete();
+    assert_eq!(tolerant.messages(), messages);
     sandbox.assert_ledger_is_empty();
 }
 

@@ -84,6 +84,14 @@ impl HookEntry {
         Self { entry: json!({ "path": path, "args": args, "env": [], "timeout": 10 }) }
     }
 
+    /// [`HookEntry::oci`], started by the command `before`.
+    pub fn oci_behind(before: &[&str]) -> Self {
+        let program = hook().display().to_string();
+        // The runtimes look for no program themselves.
+        let args = [&["env"], before, &[&program, "oci"]].concat();
+        Self { entry: json!({ "path": "/usr/bin/env", "args": args, "timeout": 30 }) }
+    }
+
     /// Any other program, which inherits the runtime's environment.
     pub fn program(path: &str) -> Self {
         Self { entry: json!({ "path": path }) }
