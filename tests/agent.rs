@@ -2579,6 +2579,28 @@ fn status_is_shown_again_and_again_until_nobody_reads_it() {
     assert_eq!(refused.code, Some(2), "{refused}");
 }
 
+/// Who asks as soon as the hook has ended is not told that nobody follows, however long the agent takes to come so far.
+#[test]
+fn what_a_hook_has_started_an_agent_for_is_followed_when_it_ends() {
+    require("strace", "strace");
+    let sandbox = Sandbox::new();
+    let container = wired(&sandbox, "web");
+    // The agent alone begins a session. strace does not wait for its end as a parent would.
+    let mut argv = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=setsid"].map(String::from).to_vec();
+    argv.extend(["-e".into(), "inject=setsid:delay_enter=120000000".into()]);
+    argv.extend([hook().display().to_string(), "oci".into()]);
+    argv.extend(BACKUP.map(String::from));
+    sandbox.run_with_input(&argv, container.state().to_string().as_bytes()).ok();
+    let status = sandbox.status_of(container.id());
+    let doctor = Diagnosis::of(&sandbox, &[container.id()]);
+    assert_eq!((&status["followed"], &status["not_followed"]), (&json!(true), &Value::Null), "{status:#}");
+    assert!(!doctor.has("agent-needed"), "{:#}", doctor.json);
+    let file = std::fs::read(sandbox.outside(&format!("{STATE_DIR}/agent"))).expect("the agent's file");
+    let file: Value = serde_json::from_slice(&file).expect("JSON");
+    let still = std::fs::read_to_string(sandbox.outside(&format!("/proc/{}/cmdline", file["pid"])));
+    assert!(still.expect("a process").contains("\0oci\0") && agents(&sandbox).is_empty(), "it came so far at once");
+}
+
 /// On a terminal each page takes the place of the one before, and what has no room there does not make it scroll.
 #[test]
 fn status_on_a_terminal_stays_in_its_place() {

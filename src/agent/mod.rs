@@ -10,10 +10,13 @@ pub mod start;
 mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::inotify::AddWatchFlags;
 use nix::sys::signal::{Signal, kill};
@@ -24,7 +27,7 @@ use crate::apply::{self, Followed};
 use crate::cli::Globals;
 use crate::context::Context;
 use crate::deadline::Deadline;
-use crate::instance::{self, Instance, Lifeline};
+use crate::instance::{self, Instance, Lifeline, Process};
 use crate::kernel::netlink::events::{Events, EventsOfMany, Nsid};
 use crate::kernel::netns::{Namespace, Visit, in_initial_user_namespace};
 use crate::kernel::sysctl;
@@ -181,12 +184,12 @@ pub fn run(globals: &Globals, stance: Stance, mut lock: AgentLock, origin: Origi
     let mut way = parent::Way::default();
     loop {
         let mut agent = Agent::new(globals, &stance, ledger.clone(), way, origin)?;
-        ledger.announce_agent(&lock)?;
+        ledger.announce_agent(&lock, Process::own()?.0)?;
         let ended = agent.run();
         way = agent.way;
         drop(agent);
         if let Ok(End::Move) = ended {
-            if sys::fork().context("cannot fork")?.is_some() {
+            if !fork(&ledger, &lock)? {
                 // The lock stays with the child.
                 std::process::exit(0);
             }
@@ -207,6 +210,21 @@ pub fn run(globals: &Globals, stance: Stance, mut lock: AgentLock, origin: Origi
             None => return Ok(()),
         }
     }
+}
+
+/// Forks, and says that the child is the agent now: whoever asks next shall not have to wait for it to come so far. True in
+/// the child.
+fn fork(ledger: &Ledger, lock: &AgentLock) -> Result<bool> {
+    let (said, saying) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
+    if let Some(agent) = sys::fork().context("cannot fork")? {
+        // What cannot be written here the agent cannot write either, and says why.
+        let _ = ledger.announce_agent(lock, agent.as_raw().unsigned_abs());
+        return Ok(false);
+    }
+    drop(saying);
+    // It ends with the other one's descriptor: what the agent writes must not be written over.
+    let _ = File::from(said).read(&mut [0]);
+    Ok(true)
 }
 
 /// Up to three descriptors for each container. Where the hard limit is low, it says so when it is reached.

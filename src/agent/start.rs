@@ -14,7 +14,6 @@ use crate::kernel::netns::in_initial_user_namespace;
 use crate::ledger::record::Record;
 use crate::ledger::{AgentLock, Following, Ledger};
 use crate::request::Follow;
-use crate::sys;
 
 /// The unit that starts the agent under systemd when the list of containers to follow is not empty.
 pub const UNIT: &str = "mptcp-hook-agent.path";
@@ -218,7 +217,7 @@ fn start(lock: AgentLock, ledger: &Ledger, globals: &Globals, stance: impl FnOnc
     // What has to be read or opened from outside, and what is derived from who we are.
     let config = globals.config.as_ref().map(std::path::absolute).transpose().context("cannot tell where we are")?;
     let globals = Globals { config, state_dir: Some(ledger.directory().into()) };
-    if sys::fork().context("cannot fork")?.is_some() {
+    if !super::fork(ledger, &lock)? {
         return lock.leave_to_child();
     }
     let done = detach().and_then(|()| super::run(&globals, stance()?, lock, Origin::Hook));

@@ -169,10 +169,9 @@ impl Ledger {
         self.directory.join("locks").join(lock_name(container))
     }
 
-    /// Says which process follows. Only the lock's holder may.
-    pub fn announce_agent(&self, lock: &AgentLock) -> Result<()> {
-        let (pid, process) = Process::own()?;
-        let process = AgentProcess { version: VERSION, pid, start_time: process.start_time };
+    /// Says that the process with this pid follows. Only the lock's holder may.
+    pub fn announce_agent(&self, lock: &AgentLock, pid: u32) -> Result<()> {
+        let process = AgentProcess { version: VERSION, pid, start_time: Process::read(pid)?.start_time };
         let Some(container) = &lock.container else { return files::write(&self.directory.join(&lock.name), &process) };
         let agent = self.listed(container).map_or_else(agent_name, |listed| listed.agent);
         let listed = Listed { version: VERSION, agent, process: Some(process) };

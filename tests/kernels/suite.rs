@@ -87,6 +87,7 @@ const PROGRAMS: &[Program] = &[
             ("whenever_it_is_killed_the_ledger_is_sound", Why::EveryMoment),
             ("a_minute_after_the_last_container_it_ends", Why::NoKernel),
             ("hooks_at_once_start_one_agent", Why::NoKernel),
+            ("what_a_hook_has_started_an_agent_for_is_followed_when_it_ends", Why::NoKernel),
             ("status_on_a_terminal_stays_in_its_place", Why::NoKernel),
             ("a_lock_without_an_agent_is_not_taken_for_one", Why::NoKernel),
             ("whoever_changes_all_the_time_keeps_nobody_waiting", Why::NoKernel),
