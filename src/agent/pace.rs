@@ -25,7 +25,8 @@ impl Pace {
 
     /// Notes work that has just been done.
     pub fn worked(&mut self, took: Duration, now: Instant) {
-        *self = Self { owed: self.owed(now) + took.max(LEAST), at: now };
+        // One that took longer than all that is done without a pause had no processor.
+        *self = Self { owed: self.owed(now) + took.clamp(LEAST, CREDIT), at: now };
     }
 
     /// How long the next work has to wait; mostly not at all.
@@ -64,6 +65,18 @@ mod tests {
             assert_eq!(pace.pause(now), Duration::ZERO);
             pace.worked(Duration::from_millis(50), now);
         }
+    }
+
+    #[test]
+    fn what_was_held_up_for_long_does_not_wait_for_ever() {
+        let hour = Duration::from_secs(3600);
+        assert_eq!(time_for(1, hour), hour);
+        assert!(time_for(2, hour) < 2 * hour + Duration::from_secs(1));
+        let mut pace = Pace::new(Instant::now());
+        let now = Instant::now();
+        pace.worked(Duration::from_secs(1), now);
+        pace.worked(hour, now);
+        assert_eq!(pace.pause(now), Duration::from_secs(10));
     }
 
     #[test]
