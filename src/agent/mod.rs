@@ -409,8 +409,9 @@ impl<'a> Agent<'a> {
                 continue;
             }
             let Later { key, task, tries, .. } = self.later.swap_remove(position);
-            if !self.tasks.iter().any(|(queued, what, _)| *queued == key && *what == task) {
-                self.tasks.push_back((key, task, tries));
+            match self.tasks.iter_mut().find(|(queued, what, _)| *queued == key && *what == task) {
+                Some((_, _, before)) => *before = tries.max(*before),
+                None => self.tasks.push_back((key, task, tries)),
             }
         }
     }
