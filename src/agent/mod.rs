@@ -866,6 +866,10 @@ impl<'a> Agent<'a> {
         let Some(container) = self.containers.get(key).filter(|container| !container.has_worker()) else {
             return Ok(());
         };
+        // Taken off the list before what has led here, perhaps, and heard of afterwards.
+        if !self.ledger.is_followed(key) {
+            return Ok(());
+        }
         let (instance, name, waiting) = (container.instance.clone(), container.name.clone(), container.waiting);
         let visit = match self.visit(&instance) {
             // Its end is on its way to us.
