@@ -92,8 +92,15 @@ fn leave_namespace() -> Result<()> {
 pub enum Origin {
     /// A person, systemd, or another agent: it is where it belongs.
     Command,
-    /// A hook, as its child, in the engine's cgroups.
-    Hook,
+    /// A hook, as its child, in the engine's cgroups; its pid.
+    Hook(Pid),
+}
+
+impl Origin {
+    /// Whether the hook is still there.
+    fn is_parent(self) -> bool {
+        matches!(self, Self::Hook(pid) if nix::unistd::getppid() == pid)
+    }
 }
 
 /// How it is heard of changes in a container's namespace.
@@ -264,6 +271,7 @@ struct Agent<'a> {
     way: parent::Way,
     /// Since when it is where the engine put the hook; None when it has left.
     in_hooks_cgroups: Option<Instant>,
+    origin: Origin,
 }
 
 /// Why the loop has ended.
@@ -304,7 +312,8 @@ impl<'a> Agent<'a> {
             idle: Some(Instant::now()),
             policy_error: None,
             way,
-            in_hooks_cgroups: (origin == Origin::Hook).then(Instant::now),
+            in_hooks_cgroups: matches!(origin, Origin::Hook(_)).then(Instant::now),
+            origin,
         })
     }
 
@@ -419,6 +428,10 @@ impl<'a> Agent<'a> {
     /// It may take its time to end when nobody waits for it, and hear what exactly has changed.
     fn watch_closely(&mut self) -> Result<()> {
         if parent::may_wait() {
+            if self.origin.is_parent() {
+                // Who is the parent after the hook is not known yet.
+                self.in_hooks_cgroups = Some(Instant::now());
+            }
             return Ok(());
         }
         match self.watch.watch_closely(&self.ledger.follow_directory()) {

@@ -217,10 +217,11 @@ fn start(lock: AgentLock, ledger: &Ledger, globals: &Globals, stance: impl FnOnc
     // What has to be read or opened from outside, and what is derived from who we are.
     let config = globals.config.as_ref().map(std::path::absolute).transpose().context("cannot tell where we are")?;
     let globals = Globals { config, state_dir: Some(ledger.directory().into()) };
+    let hook = nix::unistd::getpid();
     if !super::fork(ledger, &lock)? {
         return lock.leave_to_child();
     }
-    let done = detach().and_then(|()| super::run(&globals, stance()?, lock, Origin::Hook));
+    let done = detach().and_then(|()| super::run(&globals, stance()?, lock, Origin::Hook(hook)));
     if let Err(error) = &done {
         crate::report::say(crate::report::journal::Priority::Error, None, &format!("the agent ends: {error:#}"));
     }
