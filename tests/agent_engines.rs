@@ -34,14 +34,15 @@ const SLOW: u64 = 1_000_000;
 /// Our hook's arguments under LXC.
 const LXC_BACKUP: &str = "--interface eth1=backup";
 
-/// busybox's own example for udhcpc, with a metric for each interface.
+/// Like busybox's own example for udhcpc, with a metric for each interface. The way out comes before the address: live
+/// connections open their subflows once, and the agent waits no longer than 50 ms for a way that would come after it.
 const DHCP_SCRIPT: &str = r#"#!/bin/busybox sh
 case $interface in eth0) metric=100 ;; *) metric=200 ;; esac
 case $1 in
   deconfig) /bin/busybox ifconfig $interface 0.0.0.0 ;;
   bound | renew)
-    /bin/busybox ifconfig $interface $ip netmask $subnet
-    /bin/busybox ip route replace default via $router dev $interface metric $metric
+    /bin/busybox ip route replace default via $router dev $interface metric $metric onlink
+    /bin/busybox ip address replace $ip/$mask dev $interface
     ;;
 esac
 "#;
@@ -80,6 +81,14 @@ fn agent_in(sandbox: &Sandbox, state_dir: &str) -> Option<u32> {
     })
 }
 
+/// The agents of a sandbox that hooks have forked, also one that has just become another process and not said so yet.
+fn forked_agents(sandbox: &Sandbox) -> Vec<u32> {
+    let entries = std::fs::read_dir(sandbox.outside("/proc")).expect("the sandbox's /proc").filter_map(Result::ok);
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let name = |pid: &u32| std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/comm"))).unwrap_or_default();
+    pids.filter(|pid| name(pid) == "mptcp-agent\n").collect()
+}
+
 /// root's agent.
 fn agent_of(sandbox: &Sandbox) -> Option<u32> {
     agent_in(sandbox, "/run/mptcp-hook")
@@ -94,9 +103,12 @@ fn wait_for_agent(sandbox: &Sandbox) -> u32 {
 /// Ends root's agent, so that the next hook has to fork another.
 #[track_caller]
 fn end_agent(sandbox: &Sandbox) {
-    let Some(pid) = agent_of(sandbox) else { return };
-    sandbox.sh(&format!("kill -9 {pid}"));
-    wait_until("the agent's end", LIMIT, || agent_of(sandbox).is_none());
+    wait_until("the agent's end", LIMIT, || {
+        for pid in forked_agents(sandbox) {
+            sandbox.sh(&format!("kill -9 {pid} || :"));
+        }
+        forked_agents(sandbox).is_empty() && agent_of(sandbox).is_none()
+    });
 }
 
 /// The engine is done with the container, and `before`, the agent that its hook has started, goes on; as another process
@@ -232,7 +244,7 @@ impl Observer {
             let list = list.lock().expect("no observer panics");
             list.iter().find(|(seen, _)| *seen == address).map(|(_, when)| *when)
         };
-        let address = wait_for("the lease", ENGINE_LIMIT, || came(&self.addresses));
+        let address = wait_for("the lease", LIMIT, || came(&self.addresses));
         let endpoint = wait_for("the endpoint", LIMIT, || came(&self.endpoints));
         endpoint.saturating_duration_since(address)
     }
@@ -385,7 +397,7 @@ fn agent_makes_a_backup_endpoint_of_each_dhcp_lease() {
     assert_eq!(in_status["followed"], true);
 
     let observer = Observer::start(&sandbox, &netns);
-    wait_until("eth0's lease", ENGINE_LIMIT, || sandbox.sh_in(&netns, "ip -4 route").contains("metric 100"));
+    wait_until("eth0's lease", LIMIT, || sandbox.sh_in(&netns, "ip -4 route").contains("metric 100"));
     let capture = Capture::start(&sandbox, paths.server());
     let mut live = container.send(paths.address(), 600 * SLOW, Some(SLOW));
     live.wait_sent(SLOW / 10);
@@ -405,7 +417,6 @@ fn agent_makes_a_backup_endpoint_of_each_dhcp_lease() {
         }
         times.push(observer.delay(dhcp.address));
         wait_for_backup(&sandbox, &netns, dhcp.address);
-        // The client sets the route after the address.
         let eth1 = wait_for("the way out in status", LIMIT, || {
             let eth1 = eth1_of(&sandbox.status_of(&container.name), "applied");
             (eth1["route"] == "ok").then_some(eth1)
@@ -461,14 +472,25 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
     container.start();
     let netns = container.netns();
     let address = IpAddr::from([10, 0, 2, 20]);
-    wait_until("the leases", ENGINE_LIMIT, || {
-        let routes = sandbox.sh_in(&netns, "ip -4 route show default");
-        routes.contains("metric 100") && routes.contains("metric 200")
+    wait_until("the leases", LIMIT, || {
+        let leased = |number: u8| {
+            let last = 10 * (number + 1);
+            let shown = sandbox.sh_in(&netns, &format!("ip -4 address show eth{number}"));
+            shown.contains(&format!("10.0.{}.{last}/", number + 1))
+        };
+        leased(0) && leased(1)
     });
     wait_for_backup(&sandbox, &netns, address);
     let id = sandbox.endpoints(&netns)[0].id;
     assert_backup_rule(&container, &paths, address);
 
+    // The kernel notices when it gets to it, and drops until then what is sent.
+    let wait_for_carrier = || {
+        wait_until("the carrier", LIMIT, || {
+            let is_up = |netns, link: &str| sandbox.ip_in(netns, &format!("link show {link}")).contains("state UP");
+            is_up(&netns, "eth1") && is_up(&Netns::Host, &host_end)
+        });
+    };
     let eth1 = |what: &str| container.sh(&format!("/bin/busybox ip link set eth1 {what}"));
     let unchanged = |when: &str| {
         assert_only_endpoint(&sandbox, &netns, address, &["backup", "subflow"]);
@@ -481,9 +503,10 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
         unchanged("down");
         assert!(container.send(paths.address(), 1_000_000, Some(10 * SLOW)).finish(LIMIT).mptcp);
         eth1("up");
+        wait_for_carrier();
         // The kernel has thrown the route away; the client brings it back.
         container.signal_client(&["USR1"]);
-        wait_until("the default route", ENGINE_LIMIT, || {
+        wait_until("the default route", LIMIT, || {
             sandbox.sh_in(&netns, "ip -4 route show default").contains("metric 200")
         });
         unchanged("up");
@@ -496,7 +519,7 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
         });
         unchanged("the loss of the carrier");
         sandbox.sh(&format!("ip link set {host_end} up"));
-        wait_until("the carrier", LIMIT, || !sandbox.sh_in(&netns, "ip link show eth1").contains("NO-CARRIER"));
+        wait_for_carrier();
         unchanged("the carrier came back");
         assert_backup_rule(&container, &paths, address);
     }
@@ -558,7 +581,7 @@ fn agent_follows_an_lxc_container_through_its_reboots() {
             let outcome = container.sandbox.run(&container.lxc("lxc-info", &["-H", "-p"]));
             outcome.stdout.trim().parse().ok().filter(|&pid: &u32| pid != before).map(Netns::Pid)
         });
-        wait_until("the new lease", ENGINE_LIMIT, || sandbox.sh_in(&netns, "ip -4 address").contains("10.0.2.20"));
+        wait_until("the new lease", LIMIT, || sandbox.sh_in(&netns, "ip -4 address").contains("10.0.2.20"));
         wait_for_backup(&sandbox, &netns, address);
         let in_status = wait_for_state(&sandbox, &container.name, "applied");
         assert_eq!((&in_status["followed"], &in_status["pid"]), (&json!(true), &json!(container.pid())));
@@ -771,10 +794,15 @@ fn agent_follows_podman_network_connect_and_disconnect(runtime: Runtime) {
     let netns = web.netns();
     assert_eq!(sandbox.endpoints(&netns), []);
     wait_for_state(&sandbox, web.id(), "pending");
+    let agent = wait_for_agent(&sandbox);
     let mut live = web.send(paths.address(), 600 * SLOW, SLOW);
     live.wait_sent(SLOW / 10);
     for round in 1..=2 {
+        // The way out comes after the address, and the agent waits for it no longer than 50 ms: that it is there in time
+        // is seen to.
+        sandbox.sh(&format!("kill -STOP {agent}"));
         podman.podman(&["network", "connect", "net1", "web"]).ok();
+        sandbox.sh(&format!("kill -CONT {agent}"));
         let address = web.eth1_address();
         wait_for_backup(&sandbox, &netns, address);
         wait_for_state(&sandbox, web.id(), "applied");
@@ -834,10 +862,11 @@ fn agent_of_a_rootless_podman(runtime: Runtime) {
         let outcome = rootless.start("web", &[BACKUP]);
         assert_eq!(outcome.code, Some(0), "{outcome}\n{}", rootless.messages("web"));
         assert_eq!(sandbox.endpoints(&ctr), []);
+        // The hook does not wait until the agent says that it runs.
+        let agent = wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
         let container = rootless.status()["containers"][0].clone();
         eth1_of(&container, "pending");
         assert_eq!(container["followed"], true, "{container:#}\n{}", rootless.messages("web"));
-        let agent = wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
         let uid = sandbox.sh(&format!("stat -c %u /proc/{agent}; stat -c '%u %a' {}", user::state_directory()));
         assert_eq!(uid, format!("{0}\n{0} 700", user::UID));
         assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
@@ -911,9 +940,16 @@ fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
     }
     for container in [&first, &second] {
         container.start();
-        let in_status = container.in_status();
+        // The hook does not wait until the agent says that it runs.
+        let in_status = wait_for_or("a container that is followed", LIMIT, || {
+            let in_status = container.in_status();
+            if in_status["followed"] == true {
+                Ok(in_status)
+            } else {
+                Err(format!("{in_status:#}\n{}", container.log()))
+            }
+        });
         eth1_of(&in_status, "pending");
-        assert_eq!(in_status["followed"], true, "{in_status:#}\n{}", container.log());
     }
     assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
     give(&first, 2);
