@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
+use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use super::sandbox::{Netns, Sandbox};
@@ -191,7 +192,13 @@ impl Journal {
     pub fn listen(sandbox: &Sandbox) -> Self {
         let path = sandbox.outside("/run/systemd/journal/socket");
         std::fs::create_dir_all(path.parent().expect("an absolute path")).expect("the journal's directory");
-        let socket = UnixDatagram::bind(&path).expect("the journal's socket");
+        // In a network namespace of its own the queue may be long: what comes to a full one is lost.
+        let bind = move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+            std::fs::write("/proc/sys/net/unix/max_dgram_qlen", "100000").expect("the length of the journal's queue");
+            UnixDatagram::bind(&path)
+        };
+        let socket = std::thread::spawn(bind).join().expect("the journal's thread").expect("the journal's socket");
         socket.set_nonblocking(true).expect("a non-blocking socket");
         Self { socket }
     }
