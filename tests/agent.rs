@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::*;
 use nix::fcntl::{Flock, FlockArg};
@@ -29,6 +29,12 @@ const QUIET: Duration = Duration::from_millis(500);
 
 /// What the containers here ask for, if nothing else is said.
 const BACKUP: [&str; 2] = ["--interface", "eth1=backup"];
+
+/// With the longest deadline: a hook waits for the agent's locks, and a machine may have no processor for either.
+fn patient(sandbox: Sandbox) -> Sandbox {
+    sandbox.patient_policy("");
+    sandbox
+}
 
 // --- containers -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +79,13 @@ fn wire(sandbox: &Sandbox, name: &str, netns: &str) {
          route add default via 10.0.1.1 dev eth0 metric 100
          route add default dev eth1 metric 200\nroute add ::/0 dev eth1 metric 200",
     );
+    // The kernel notices when it gets to it. Until then it drops an address with a lifetime that has to prove itself, and
+    // later it would wake the agent.
+    sandbox.settle(&inside);
+    wait_until("the other ends", LIMIT, || {
+        let ends = sandbox.ip_in(&Netns::Host, &format!("link show {name}0\nlink show {name}1"));
+        ends.matches("state UP").count() == 2
+    });
 }
 
 /// ip-address(8) in a container.
@@ -211,16 +224,62 @@ fn wait_ended(sandbox: &Sandbox, pid: u32) {
     });
 }
 
-/// Stops the agent and waits until it stands still.
+/// Stops the agent and waits until it stands still, without a lock in its hands that a hook would wait for.
 #[track_caller]
 fn stop_agent(sandbox: &Sandbox) -> u32 {
     let pid = agent(sandbox);
-    signal(sandbox, pid, Signal::SIGSTOP);
-    wait_until("a stopped agent", LIMIT, || {
-        let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).unwrap_or_default();
-        stat.contains(") T ")
+    let is_free = |lock: std::io::Result<std::fs::DirEntry>| {
+        let lock = lock.expect("a lock");
+        let file = || File::options().write(true).open(lock.path()).expect("a lock's file");
+        lock.file_name() == "agent" || Flock::lock(file(), FlockArg::LockExclusiveNonblock).is_ok()
+    };
+    wait_until("an agent that is stopped between two pieces of work", LIMIT, || {
+        signal(sandbox, pid, Signal::SIGSTOP);
+        wait_until("a stopped agent", LIMIT, || {
+            let stat = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/stat"))).unwrap_or_default();
+            stat.contains(") T ")
+        });
+        let locks = sandbox.outside(&format!("{STATE_DIR}/locks"));
+        let is_idle = std::fs::read_dir(locks).expect("the locks").all(is_free);
+        if !is_idle {
+            signal(sandbox, pid, Signal::SIGCONT);
+        }
+        is_idle
     });
     pid
+}
+
+/// How often an agent has fallen asleep, if it sleeps because there is nothing to do: whatever it shall hear of ends that
+/// at once, however long it takes to run then.
+fn naps(sandbox: &Sandbox, pid: u32) -> Option<u64> {
+    #[cfg(target_arch = "x86_64")]
+    const WAIT: i64 = libc::SYS_epoll_wait;
+    #[cfg(not(target_arch = "x86_64"))]
+    const WAIT: i64 = libc::SYS_epoll_pwait;
+    let read =
+        |file: &str| std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/{file}"))).expect("the agent");
+    // proc(5): "running", or the number of the system call in which it sleeps.
+    let call = read("syscall");
+    let status = read("status");
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("a count");
+    let sleeps = call.split_whitespace().next() == Some(&WAIT.to_string());
+    sleeps.then(|| count.trim().parse().expect("a number"))
+}
+
+/// What `look` finds while the agent sleeps: it has seen to all that has happened before.
+#[track_caller]
+fn while_asleep<T>(sandbox: &Sandbox, pid: u32, look: impl Fn() -> T) -> T {
+    wait_for("an agent that sleeps", LIMIT, || {
+        let before = naps(sandbox, pid)?;
+        let found = look();
+        (naps(sandbox, pid) == Some(before)).then_some(found)
+    })
+}
+
+/// Waits until the agent has seen to all that has happened.
+#[track_caller]
+fn wait_asleep(sandbox: &Sandbox, pid: u32) {
+    while_asleep(sandbox, pid, || ());
 }
 
 /// Whether the agent follows the container, as `status` says.
@@ -275,7 +334,7 @@ fn median(what: &str, mut times: Vec<Duration>) -> Duration {
 /// The hook's caller waits until its pipe is closed, ends what is in its cgroup, and may kill its session.
 #[test]
 fn a_pending_interface_starts_an_agent_that_holds_nothing_of_its_caller() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     assert!(agents(&sandbox).is_empty());
     let cgroup = format!("/sys/fs/cgroup/{}", sandbox.name("caller"));
@@ -318,7 +377,7 @@ fn a_pending_interface_starts_an_agent_that_holds_nothing_of_its_caller() {
 
 #[test]
 fn there_is_one_agent_for_all() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let web = wired(&sandbox, "web");
     web.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -347,7 +406,7 @@ fn there_is_one_agent_for_all() {
 /// Many hooks at once find no agent: one of them starts it.
 #[test]
 fn hooks_at_once_start_one_agent() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let containers: Vec<Bare> = (0..8).map(|n| wired(&sandbox, &format!("c{n}"))).collect();
     let pids: Vec<String> = containers.iter().map(|container| container.pid().to_string()).collect();
     let program = hook().display().to_string();
@@ -372,7 +431,7 @@ fn hooks_at_once_start_one_agent() {
 /// Whoever holds the agent's lock is not an agent yet: it may let go again without becoming one.
 #[test]
 fn a_lock_without_an_agent_is_not_taken_for_one() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
     web.oci(&BACKUP).ok();
     kill_agent(&sandbox);
@@ -418,9 +477,9 @@ fn a_lock_without_an_agent_is_not_taken_for_one() {
 /// The agent leaves the directory that it is called in.
 #[test]
 fn paths_from_the_callers_directory_hold_for_the_agent() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
-    sandbox.write("/run/here/policy.toml", "[defaults]\nfollow = \"always\"\n");
+    sandbox.write("/run/here/policy.toml", "deadline = 60\n[defaults]\nfollow = \"always\"\n");
     let program = hook().display().to_string();
     let with_paths = |verb: &str| {
         let script = format!("cd /run/here; exec {program} {verb} --config policy.toml");
@@ -436,7 +495,7 @@ fn paths_from_the_callers_directory_hold_for_the_agent() {
 
 #[test]
 fn what_is_settled_starts_no_agent() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     address(&sandbox, &container, "add fd00:2::2/64 dev eth1 nodad");
@@ -451,7 +510,7 @@ fn what_is_settled_starts_no_agent() {
 /// As a DHCP client sets it: with a lifetime.
 #[test]
 fn an_address_with_a_lifetime_is_followed() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1 valid_lft 600 preferred_lft 600");
     container.oci(&BACKUP).ok();
@@ -477,7 +536,7 @@ const TROUBLE: &str = "mptcp-hook-agent.path is not enabled";
 
 #[test]
 fn under_systemd_the_unit_starts_it_and_nobody_else() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     sandbox.sh("mkdir -p /run/systemd/system");
     let web = wired(&sandbox, "web");
     let said = web.oci(&BACKUP);
@@ -533,7 +592,7 @@ fn under_systemd_the_unit_starts_it_and_nobody_else() {
 /// The hook reads no environment: it looks where `systemctl` puts what all users or this one have enabled.
 #[test]
 fn under_a_users_systemd_the_unit_of_the_user_starts_it() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     sandbox.sh("mkdir -p /run/systemd/system");
     let user = User::new(&sandbox);
     let (pid, _init) = user.container();
@@ -569,8 +628,8 @@ fn under_a_users_systemd_the_unit_of_the_user_starts_it() {
 
 #[test]
 fn whoever_asks_for_follow_gets_it_or_not() {
-    let sandbox = Sandbox::new();
-    sandbox.policy("[defaults]\nfollow = \"never\"\n");
+    let sandbox = patient(Sandbox::new());
+    sandbox.patient_policy("[defaults]\nfollow = \"never\"\n");
     // The policy's default.
     let shop = wired(&sandbox, "shop");
     let said = shop.oci(&BACKUP);
@@ -607,8 +666,8 @@ fn whoever_asks_for_follow_gets_it_or_not() {
 
 #[test]
 fn the_policy_can_have_all_followed() {
-    let sandbox = Sandbox::new();
-    sandbox.policy("[defaults]\nfollow = \"always\"\n");
+    let sandbox = patient(Sandbox::new());
+    sandbox.patient_policy("[defaults]\nfollow = \"always\"\n");
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     container.oci(&BACKUP).ok();
@@ -625,7 +684,7 @@ fn the_policy_can_have_all_followed() {
 
 #[test]
 fn a_namespace_without_a_process_is_not_followed() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     sandbox.sh("ip netns add bare");
     wire(&sandbox, "bare", "bare");
     let said = sandbox.hook(&["apply", "--netns", "/run/netns/bare", "--interface", "eth1=backup"]);
@@ -698,14 +757,14 @@ fn change_addresses() -> [(&'static str, Duration); 4] {
 /// 100 ms are the aim; a loaded machine has them in the median, too.
 #[test]
 fn an_address_is_an_endpoint_within_milliseconds() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     measure_addresses(&sandbox, ":", Duration::from_millis(100));
 }
 
 /// Its route does not come: the agent waits for it no longer than 50 ms.
 #[test]
 fn an_address_without_a_way_out_waits_a_moment() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = measure_addresses(&sandbox, "ip route del default dev eth1", Duration::from_millis(150));
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
@@ -716,7 +775,7 @@ fn an_address_without_a_way_out_waits_a_moment() {
 
 #[test]
 fn addresses_of_both_families_come_move_and_go() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -728,8 +787,8 @@ fn addresses_of_both_families_come_move_and_go() {
         ("add 10.0.2.3/24 dev eth1", &["10.0.2.2", "10.0.2.3", "fd00:2::2"], "10.0.2.3 came"),
         ("del fd00:2::2/64 dev eth1", &["10.0.2.2", "10.0.2.3"], "fd00:2::2 went"),
         ("add fd00:2::9/64 dev eth1 nodad", &["10.0.2.2", "10.0.2.3", "fd00:2::9"], "fd00:2::9 came"),
-        // With the first of a subnet all go (promote_secondaries is off).
-        ("del 10.0.2.2/24 dev eth1", &["fd00:2::9"], "10.0.2.3 went"),
+        // With the first of a subnet all go (promote_secondaries is off), itself as the last.
+        ("del 10.0.2.2/24 dev eth1", &["fd00:2::9"], "10.0.2.2 went"),
         ("flush dev eth1", &[], "fd00:2::9 went"),
     ];
     sandbox.sh_in(&container.netns(), "echo 0 >/proc/sys/net/ipv4/conf/eth1/promote_secondaries");
@@ -738,7 +797,8 @@ fn addresses_of_both_families_come_move_and_go() {
         address(&sandbox, &container, step);
         wait_endpoints(&sandbox, &container, expected);
         let entry = wait_last(&sandbox, &container, last);
-        assert!(entry["last"]["time"].as_u64().is_some_and(|time| time >= begin && time < begin + 300), "{entry:#}");
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a time after 1970").as_secs();
+        assert!(entry["last"]["time"].as_u64().is_some_and(|time| (begin..=now).contains(&time)), "{entry:#}");
         for endpoint in sandbox.endpoints_on(&container.netns(), "eth1") {
             assert_eq!(endpoint.flags, ["backup", "subflow"], "{endpoint:?}");
         }
@@ -751,7 +811,7 @@ fn addresses_of_both_families_come_move_and_go() {
 
 #[test]
 fn addresses_that_apply_would_not_use_are_not_used() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -781,15 +841,15 @@ fn addresses_that_apply_would_not_use_are_not_used() {
     wait_state(&sandbox, &container, "applied");
 }
 
-/// DAD on eth1 takes a minute from now on, however slow the machine is.
-const SLOW_DAD: &str = "echo 60 >/proc/sys/net/ipv6/conf/eth1/dad_transmits";
+/// DAD on eth1 takes four minutes from now on, however slow the machine is. It asks each second.
+const SLOW_DAD: &str = "echo 240 >/proc/sys/net/ipv6/conf/eth1/dad_transmits";
 
-/// DAD that is under way on eth1 ends about a second from now.
+/// DAD that is under way on eth1 ends some seconds from now.
 const END_DAD: &str = "echo 10 >/proc/sys/net/ipv6/neigh/eth1/retrans_time_ms";
 
 #[test]
 fn an_ipv6_address_is_used_while_it_is_tentative() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -810,7 +870,7 @@ fn an_ipv6_address_is_used_while_it_is_tentative() {
 /// One of autoconfiguration or a DHCP client may turn out to be a duplicate sooner than anybody could use it.
 #[test]
 fn an_ipv6_address_with_a_lifetime_is_used_after_dad() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -834,14 +894,15 @@ fn an_ipv6_address_with_a_lifetime_is_used_after_dad() {
 
 #[test]
 fn a_duplicate_address_is_reported_and_not_used() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     // The other end has it already.
     sandbox.sh("ip address add fd00:2::2/64 dev web1 nodad");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
     let netns = container.netns();
-    sandbox.sh_in(&netns, "ip address add fd00:2::2/64 dev eth1");
+    // Asked once, the other end might not listen yet.
+    sandbox.sh_in(&netns, &format!("{SLOW_DAD}; ip address add fd00:2::2/64 dev eth1"));
     wait_until("DAD fails", LIMIT, || !sandbox.sh_in(&netns, "ip -6 -o address show dev eth1 dadfailed").is_empty());
     let is_reported = |entry: &Value| {
         let reason = entry["reason"].as_str().unwrap_or_default();
@@ -861,7 +922,7 @@ fn a_duplicate_address_is_reported_and_not_used() {
 /// As documented: an IPv4 address stays on an interface that is down, and its endpoint with it; IPv6 ones go.
 #[test]
 fn a_link_that_goes_down_and_comes_back() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -898,7 +959,7 @@ fn a_link_that_goes_down_and_comes_back() {
 
 #[test]
 fn an_interface_that_is_renamed_moved_or_made_anew() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -944,7 +1005,7 @@ fn an_interface_that_is_renamed_moved_or_made_anew() {
 
 #[test]
 fn interfaces_that_match_a_pattern_come_and_go() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = Bare::new(&sandbox, "web");
     container.oci(&["--interface", "wan*=backup"]).ok();
     agent(&sandbox);
@@ -976,7 +1037,7 @@ fn interfaces_that_match_a_pattern_come_and_go() {
 
 #[test]
 fn more_addresses_than_endpoints_take_turns() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -1007,7 +1068,7 @@ fn more_addresses_than_endpoints_take_turns() {
 #[test]
 fn whoever_changes_all_the_time_keeps_nobody_waiting() {
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let (busy, web) = (wired(&sandbox, "busy"), wired(&sandbox, "web"));
     for container in [&busy, &web] {
         container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
@@ -1038,14 +1099,16 @@ fn whoever_changes_all_the_time_keeps_nobody_waiting() {
         (ticks() - before.1) as f64 / 100.0 < before.0.elapsed().as_secs_f64() / 3.0
     });
     println!("it has taken {} ticks in {:?}", ticks() - begin.1, begin.0.elapsed());
+    let mut times = Vec::new();
     for number in 2..7 {
         let new = format!("10.0.2.{number}");
         let begin = Instant::now();
         address(&sandbox, &web, &format!("add {new}/24 dev eth1"));
-        let soon = Duration::from_secs(15);
-        wait_until("the other's endpoint", soon, || addresses(&sandbox, &web.netns()).is_superset(&set(&[&new])));
-        println!("{new} after {:?}", begin.elapsed());
+        wait_until("the other's endpoint", LIMIT, || addresses(&sandbox, &web.netns()).is_superset(&set(&[&new])));
+        times.push(begin.elapsed());
     }
+    // The machine may have had no processor for one of them.
+    assert!(median("the other's endpoint", times) < Duration::from_secs(15));
     assert!(flapping.is_running(), "{}", flapping.stderr());
     flapping.signal(Signal::SIGKILL);
     flapping.wait(LIMIT);
@@ -1056,9 +1119,10 @@ fn whoever_changes_all_the_time_keeps_nobody_waiting() {
     assert!(size.trim().parse::<u64>().expect("a size") < 20_000, "{size}");
     let status = sandbox.hook(&["status"]).ok();
     assert!(status.contains("more: a namespace has at most 8") && status.len() < 5000, "{} bytes", status.len());
-    sandbox.hook(&["apply", busy.id(), "--interface", "eth1=subflow"]).ok();
+    // Before the agent may have to wait for somebody.
     let said = journal.entries();
     assert!(!said.iter().any(|entry| entry.contains("could not be")), "{said:#?}");
+    sandbox.hook(&["apply", busy.id(), "--interface", "eth1=subflow"]).ok();
     assert!(sandbox.endpoints_on(&busy.netns(), "eth1").iter().all(|endpoint| endpoint.flags == ["subflow"]));
     assert_eq!(agent(&sandbox), pid);
     assert_sound(&sandbox);
@@ -1068,7 +1132,7 @@ fn whoever_changes_all_the_time_keeps_nobody_waiting() {
 
 #[test]
 fn a_foreign_change_is_put_back_once_and_then_reported() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
@@ -1115,7 +1179,7 @@ fn a_foreign_change_is_put_back_once_and_then_reported() {
 
 #[test]
 fn a_foreign_change_of_the_limits_is_put_back_once_and_then_reported() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let journal = Journal::listen(&sandbox);
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1159,7 +1223,7 @@ fn a_foreign_change_of_the_limits_is_put_back_once_and_then_reported() {
 
 #[test]
 fn foreign_endpoints_are_never_touched() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut container = wired_in(&sandbox, "web", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1206,7 +1270,7 @@ fn foreign_endpoints_are_never_touched() {
 #[test]
 fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
     const KEY: &str = "net/mptcp/add_addr_timeout";
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let sysctl = format!("{KEY}=60");
@@ -1258,8 +1322,8 @@ fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
         // However long the hook takes.
         let pid = stop_agent(&sandbox);
         container.oci(&["--sysctl", &sysctl, "--follow", "always"]).ok();
-        signal(&sandbox, pid, Signal::SIGCONT);
         let goes_on = Instant::now();
+        signal(&sandbox, pid, Signal::SIGCONT);
         std::thread::sleep(Duration::from_millis(200));
         overwrite(&container);
         if goes_on.elapsed() < Duration::from_secs(1) {
@@ -1276,7 +1340,7 @@ fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
 #[test]
 fn whoever_stays_in_a_shared_namespace_is_looked_at_when_the_first_leaves() {
     const KEY: &str = "net/mptcp/add_addr_timeout";
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut first = wired_in(&sandbox, "first", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &first, "add 10.0.2.2/24 dev eth1");
@@ -1287,11 +1351,13 @@ fn whoever_stays_in_a_shared_namespace_is_looked_at_when_the_first_leaves() {
     second
         .oci(&["--interface", "eth1=backup", "--limit", "subflows=5", "--sysctl", &sysctl, "--follow", "always"])
         .ok();
-    agent(&sandbox);
+    let pid = agent(&sandbox);
     wait_until("it is followed", LIMIT, || is_followed(&sandbox, &second));
     assert!(!is_followed(&sandbox, &first));
     // After both looks at what the runtime may have written, so that it is the departure that makes it look.
+    wait_asleep(&sandbox, pid);
     std::thread::sleep(Duration::from_millis(2500));
+    wait_asleep(&sandbox, pid);
     sandbox.sh_in(
         &netns,
         &format!(
@@ -1316,7 +1382,7 @@ fn whoever_stays_in_a_shared_namespace_is_looked_at_when_the_first_leaves() {
 
 #[test]
 fn two_in_one_namespace_are_followed_together() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut first = wired_in(&sandbox, "first", "pod");
     let netns = Netns::named("pod");
     let mut second = Bare::in_netns(&sandbox, "second", &netns);
@@ -1347,16 +1413,24 @@ fn two_in_one_namespace_are_followed_together() {
 /// Hooks and people work on a container while the agent does.
 #[test]
 fn hooks_and_the_agent_do_not_get_in_each_others_way() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
     container.oci(&follow).ok();
     agent(&sandbox);
     let (commands, expected) = changes(42, 200);
-    let script: String = commands.iter().map(|command| format!("ip {command}; sleep 0.01\n")).collect();
+    let mut script: String = commands.iter().map(|command| format!("ip {command}; sleep 0.01\n")).collect();
+    // As long as it takes for some hooks.
+    let enough = sandbox.dir().join("enough");
+    let another = "address {} 10.0.2.99/32 dev eth1; sleep 0.01";
+    let [add, del] = ["add", "del"].map(|verb| another.replace("{}", verb));
+    script += &format!("until [ -e {} ]; do ip {add}; ip {del}; done\n", enough.display());
     let mut changing = sandbox.spawn_in(&container.netns(), &["sh", "-ec", &script]);
     let mut rounds = 0;
     while changing.is_running() {
+        if rounds > 5 {
+            std::fs::write(&enough, "").expect("saying that there were enough");
+        }
         container.oci(&follow).ok();
         assert_sound(&sandbox);
         let state = interface(&sandbox, &container)["state"].as_str().map(String::from);
@@ -1366,13 +1440,15 @@ fn hooks_and_the_agent_do_not_get_in_each_others_way() {
     }
     changing.wait(LIMIT).ok();
     assert!(rounds > 5, "{rounds} hooks among 200 changes");
+    // What it was at may have been found out before the last change.
+    wait_asleep(&sandbox, agent(&sandbox));
     wait_set(&sandbox, &container, &expected);
     assert_eq!(addresses(&sandbox, &container.netns()), expected);
 }
 
 #[test]
 fn whoever_is_released_by_hand_is_left_alone() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let web = wired(&sandbox, "web");
     let shop = wired(&sandbox, "shop");
     for container in [&web, &shop] {
@@ -1394,7 +1470,7 @@ fn whoever_is_released_by_hand_is_left_alone() {
 /// The same id, another process and namespace: an engine's restart.
 #[test]
 fn another_life_of_a_container_is_followed_instead() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -1429,8 +1505,8 @@ fn another_life_of_a_container_is_followed_instead() {
 /// Where the network comes later, an annotation's glob stands for what the policy gives of it.
 #[test]
 fn a_glob_of_an_annotation_gets_the_interfaces_that_the_policy_gives() {
-    let sandbox = Sandbox::new();
-    sandbox.policy("[annotations]\ninterfaces = [\"eth0\", \"eth1\"]\n");
+    let sandbox = patient(Sandbox::new());
+    sandbox.patient_policy("[annotations]\ninterfaces = [\"eth0\", \"eth1\"]\n");
     let container = Bare::new(&sandbox, "web").annotation("mptcp-hook/interfaces", "eth*=backup");
     container.oci(&[]).ok();
     let states = || {
@@ -1468,12 +1544,12 @@ fn a_glob_of_an_annotation_gets_the_interfaces_that_the_policy_gives() {
 /// A mistake in the policy file holds it up as long as it is there.
 #[test]
 fn a_mistake_in_the_policy_is_waited_out() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let journal = Journal::listen(&sandbox);
     container.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
-    sandbox.policy("on-conflct = \"warn\"\n");
+    sandbox.patient_policy("on-conflct = \"warn\"\n");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let mut said = Vec::new();
     wait_until("the agent complains", LIMIT, || {
@@ -1482,18 +1558,18 @@ fn a_mistake_in_the_policy_is_waited_out() {
             .any(|entry| entry.contains("nothing is followed until this is mended") && entry.contains("on-conflct"))
     });
     assert_eq!(sandbox.endpoints_on(&container.netns(), "eth1"), []);
-    sandbox.policy("on-conflict = \"warn\"\n");
+    sandbox.patient_policy("on-conflict = \"warn\"\n");
     wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
     // However long it takes to find it; who ends meanwhile is not forgotten either.
     let mut other = wired(&sandbox, "shop");
     other.oci(&BACKUP).ok();
     wait_until("it is followed", LIMIT, || is_followed(&sandbox, &other));
-    sandbox.policy("on-conflct = \"warn\"\n");
+    sandbox.patient_policy("on-conflct = \"warn\"\n");
     address(&sandbox, &container, "add 10.0.2.3/24 dev eth1");
     other.kill();
     // Twice the longest pause of the agent, and more.
     std::thread::sleep(Duration::from_secs(12));
-    sandbox.policy("on-conflict = \"warn\"\n");
+    sandbox.patient_policy("on-conflict = \"warn\"\n");
     wait_endpoints(&sandbox, &container, &["10.0.2.2", "10.0.2.3"]);
     wait_until("the release", LIMIT, || sandbox.status()["containers"].as_array().map(Vec::len) == Some(1));
     assert_eq!(agent(&sandbox), pid);
@@ -1503,7 +1579,7 @@ fn a_mistake_in_the_policy_is_waited_out() {
 /// for each container, whatever happens meanwhile.
 #[test]
 fn what_does_not_work_for_a_while_is_tried_until_it_does() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     sandbox.sh(&format!("mkdir {STATE_DIR}; mount -t tmpfs -o size=1m,mode=700 tmpfs {STATE_DIR}"));
     let journal = Journal::listen(&sandbox);
     let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
@@ -1563,7 +1639,7 @@ fn measure_ends(busy: Busy) {
     const ROUNDS: usize = 24;
     const BLOCKS: usize = 3;
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let keeper = wired(&sandbox, "keep");
     keeper.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     let pid = agent(&sandbox);
@@ -1645,7 +1721,7 @@ fn a_killed_containers_namespace_is_gone_at_once_while_the_agent_is_busy_inside(
 /// An engine's poststop comes while the agent lets the same container go, and the next start right after it.
 #[test]
 fn the_agent_and_poststop_let_the_same_container_go() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut container = wired_in(&sandbox, "web", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1665,7 +1741,7 @@ fn the_agent_and_poststop_let_the_same_container_go() {
 /// A hook is about to bring a container back that has just ended: it has its lock and no record yet.
 #[test]
 fn whom_a_hook_works_on_stays_on_the_list() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -1689,7 +1765,7 @@ fn whom_a_hook_works_on_stays_on_the_list() {
 #[test]
 fn a_killed_containers_claims_on_the_host_are_restored() {
     let value = HostValue::of_sysctl("net/core/wmem_max");
-    let sandbox = Sandbox::host_network();
+    let sandbox = patient(Sandbox::host_network());
     let another = (value.original().parse::<u64>().expect("a number") + 4096).to_string();
     let wish = format!("net.core.wmem_max={another}");
     let mut first = Bare::new(&sandbox, "first");
@@ -1714,7 +1790,7 @@ fn a_killed_containers_claims_on_the_host_are_restored() {
 fn an_agent_that_cannot_reach_the_hosts_values_leaves_them_to_poststop() {
     for key in ["net/core/netdev_max_backlog", "net/core/wmem_max"] {
         let value = HostValue::of_sysctl(key);
-        let sandbox = Sandbox::host_network();
+        let sandbox = patient(Sandbox::host_network());
         sandbox.sh("ip netns add vpn");
         let elsewhere = Bare::new(&sandbox, "elsewhere");
         let program = hook().display().to_string();
@@ -1759,7 +1835,7 @@ fn an_agent_that_cannot_reach_the_hosts_values_leaves_them_to_poststop() {
 /// Nobody needs it for a minute; whoever comes meanwhile has the same one.
 #[test]
 fn a_minute_after_the_last_container_it_ends() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut web = wired(&sandbox, "web");
     web.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -1770,10 +1846,10 @@ fn a_minute_after_the_last_container_it_ends() {
     address(&sandbox, &shop, "add 10.0.2.2/24 dev eth1");
     wait_endpoints(&sandbox, &shop, &["10.0.2.2"]);
     assert_eq!(agent(&sandbox), pid);
+    let begin = Instant::now();
     shop.kill();
     wait_until("the release", LIMIT, || sandbox.status()["containers"] == json!([]));
-    let begin = Instant::now();
-    wait_until("the end of an agent that nobody needs", Duration::from_secs(120), || agents(&sandbox).is_empty());
+    wait_until("the end of an agent that nobody needs", LIMIT, || agents(&sandbox).is_empty());
     let took = begin.elapsed();
     println!("the agent ended {took:?} after the last container");
     assert!(took > Duration::from_secs(55), "{took:?}");
@@ -1813,7 +1889,7 @@ fn changes(seed: u64, count: usize) -> (Vec<String>, BTreeSet<IpAddr>) {
 fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
     const CONTAINERS: usize = 4;
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let containers: Vec<Bare> = (0..CONTAINERS).map(|n| wired(&sandbox, &format!("c{n}"))).collect();
     for container in &containers {
         sandbox.sh_in(&container.netns(), "ip mptcp endpoint add 10.0.1.2 dev eth0 id 99 signal");
@@ -1851,6 +1927,8 @@ fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
         for changing in all {
             changing.wait(LIMIT).ok();
         }
+        // What it was at may have been found out before the last change.
+        wait_asleep(&sandbox, agent(&sandbox));
         for (container, (_, expected)) in containers.iter().zip(&plans) {
             wait_set(&sandbox, container, expected);
             let endpoints = sandbox.endpoints(&container.netns());
@@ -1876,7 +1954,7 @@ fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
 #[test]
 fn whenever_it_is_killed_the_ledger_is_sound() {
     const ROUNDS: u32 = 20;
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let netns = container.netns();
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
@@ -1922,7 +2000,7 @@ fn whenever_it_is_killed_the_ledger_is_sound() {
 #[test]
 fn what_a_killed_agent_left_half_done_is_nobody_elses_change() {
     const ROUNDS: u32 = 20;
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let netns = container.netns();
     address(&sandbox, &container, "add 10.0.2.2/32 dev eth1");
@@ -1965,7 +2043,7 @@ fn what_a_killed_agent_left_half_done_is_nobody_elses_change() {
 
 #[test]
 fn a_container_that_ends_while_no_agent_runs_is_let_go_by_the_next() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut web = wired(&sandbox, "web");
     let shop = wired(&sandbox, "shop");
     web.oci(&BACKUP).ok();
@@ -1999,7 +2077,7 @@ fn netlink_sockets(sandbox: &Sandbox, netns: &Netns, column: &str) -> Vec<u64> {
 /// A socket would keep the namespace for a while after its end, even one that is closed at once.
 #[test]
 fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut web = wired(&sandbox, "web");
     let mut other = wired(&sandbox, "other");
     web.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
@@ -2015,16 +2093,15 @@ fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
         all.iter().filter(|inode| held.contains(&format!("socket:[{inode}]"))).count()
     };
     // While it works it has some for a moment.
-    let before = wait_for("an agent with one socket", LIMIT, || {
-        let before = descriptors(&sandbox, pid).len();
-        let is_one = own(&Netns::Host) == 1 && own(&web.netns()) == 0;
-        std::thread::sleep(Duration::from_millis(100));
-        (is_one && descriptors(&sandbox, pid).len() == before).then_some(before)
-    });
+    let at_rest = |netns: &Netns| {
+        while_asleep(&sandbox, pid, || (descriptors(&sandbox, pid).len(), own(&Netns::Host), own(netns)))
+    };
+    let (before, at_home, inside) = at_rest(&web.netns());
+    assert_eq!((at_home, inside), (1, 0), "{:?}", descriptors(&sandbox, pid));
     other.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     change(&other);
-    let one_more = || descriptors(&sandbox, pid).len() == before + 1;
-    wait_until("one descriptor more", LIMIT, || one_more() && own(&other.netns()) == 0);
+    let one_more = (before + 1, 1, 0);
+    assert_eq!(at_rest(&other.netns()), one_more, "{:?}", descriptors(&sandbox, pid));
 
     // The next container may have the number of one that is gone.
     for round in 0..4 {
@@ -2039,7 +2116,7 @@ fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
         change(&other);
         address(&sandbox, &web, &format!("add 10.0.3.{round}/24 dev eth1"));
         wait_until("both are followed", LIMIT, || addresses(&sandbox, &web.netns()).len() == 2 + round as usize);
-        wait_until("one descriptor more", LIMIT, one_more);
+        assert_eq!(at_rest(&other.netns()), one_more, "{:?}", descriptors(&sandbox, pid));
     }
     assert_eq!(agent(&sandbox), pid);
     web.kill();
@@ -2050,7 +2127,7 @@ fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
 #[test]
 fn an_agent_that_hears_nothing_from_elsewhere_listens_inside() {
     require("setpriv", "util-linux");
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let program = hook().display().to_string();
     let _agent = sandbox.spawn(&["setpriv", "--bounding-set", "-net_broadcast", &program, "agent"]);
     let pid = agent(&sandbox);
@@ -2070,7 +2147,7 @@ fn an_agent_that_hears_nothing_from_elsewhere_listens_inside() {
 
 #[test]
 fn lost_messages_of_the_kernel_lose_nothing() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     let other = wired(&sandbox, "other");
     for container in [&container, &other] {
@@ -2108,7 +2185,7 @@ fn lost_messages_of_the_kernel_lose_nothing() {
 /// The kernel queues so few changes of the ledger for an agent that was started meanwhile that they are lost.
 #[test]
 fn lost_messages_of_the_ledger_lose_nothing() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let mut old: Vec<Bare> = (0..4).map(|n| wired(&sandbox, &format!("old{n}"))).collect();
     let pid = {
         let queue = HostValue::of_sysctl("fs/inotify/max_queued_events");
@@ -2173,7 +2250,7 @@ fn run_in_front<'a>(sandbox: &'a Sandbox, name: &str) -> (Container<'a>, Running
 /// something by inotify takes its time. Until crun is out of the way the agent does without.
 #[test]
 fn while_crun_waits_for_it_the_agent_can_end_at_once() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let by_inotify = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:inotify");
     let by_signal = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:[signalfd]");
     let (front, running) = run_in_front(&sandbox, "front");
@@ -2216,10 +2293,10 @@ fn while_crun_waits_for_it_the_agent_can_end_at_once() {
 /// from its own work, the others get an agent again.
 #[test]
 fn a_poststop_hook_that_fails_leaves_the_others_an_agent() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let web = wired(&sandbox, "web");
-    let mistake = || sandbox.policy("on-conflct = \"warn\"\n");
-    let none = || sandbox.policy("on-conflict = \"warn\"\n");
+    let mistake = || sandbox.patient_policy("on-conflct = \"warn\"\n");
+    let none = || sandbox.patient_policy("on-conflict = \"warn\"\n");
     none();
     for (round, is_policy) in [true, false].into_iter().enumerate() {
         let (front, running) = run_in_front(&sandbox, &format!("front{round}"));
@@ -2259,7 +2336,7 @@ fn a_poststop_hook_that_fails_leaves_the_others_an_agent() {
 #[test]
 fn in_a_user_namespace_it_works_for_that_users_containers() {
     const USER: u32 = 1000;
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let user = USER.to_string();
     sandbox.sh(&format!("install -d -m 755 /run/user; install -d -m 700 -o {user} -g {user} /run/user/{user}"));
     let sleep = ["sh", "-c", "echo $$; exec sleep 1000"];
@@ -2429,7 +2506,7 @@ impl<'a> User<'a> {
 /// An agent outside of its containers' user namespaces has a process for each of them.
 #[test]
 fn a_containers_process_that_is_killed_is_replaced_and_one_that_ends_is_reaped() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let user = User::new(&sandbox);
     let (pid, init) = user.container();
     let apply = ["apply", "--pid", &pid.to_string(), "--interface", "eth1=backup", "--follow", "always"];
@@ -2466,7 +2543,7 @@ fn a_containers_process_that_is_killed_is_replaced_and_one_that_ends_is_reaped()
 /// Two engines of one user have one ledger and two user namespaces, out of which neither agent can look.
 #[test]
 fn an_engines_agent_leaves_containers_of_the_users_other_engines_alone() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let user = User::new(&sandbox);
     let (engine, _engine) = user.container();
     let name = engine.to_string();
@@ -2521,7 +2598,7 @@ fn an_engines_agent_leaves_containers_of_the_users_other_engines_alone() {
 /// Other programs have used all that there are for the user.
 #[test]
 fn without_an_inotify_instance_it_follows_all_the_same() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let user = User::new(&sandbox);
     let (engine, _engine) = user.container();
     user.in_container(engine, "echo 0 >/proc/sys/user/max_inotify_instances");
@@ -2553,7 +2630,7 @@ fn without_an_inotify_instance_it_follows_all_the_same() {
 
 #[test]
 fn status_is_shown_again_and_again_until_nobody_reads_it() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     let argv = [&hook().display().to_string(), "status", "--watch"];
@@ -2636,10 +2713,9 @@ fn status_on_a_terminal_stays_in_its_place() {
 /// What happens is in the journal, with the container's name.
 #[test]
 fn the_journal_says_what_happened_to_whom() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let journal = Journal::listen(&sandbox);
     let mut container = wired(&sandbox, "web");
-    sandbox.sh("ip address add fd00:2::2/64 dev web1 nodad");
     container.oci(&["--interface", "eth1=backup", "--name", "the-shop"]).ok();
     agent(&sandbox);
     let mut said = Vec::new();
@@ -2651,7 +2727,10 @@ fn the_journal_says_what_happened_to_whom() {
     };
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     hear("eth1: 10.0.2.2 came (applied)");
-    address(&sandbox, &container, "add fd00:2::2/64 dev eth1");
+    // It had an endpoint before it turned out to be somebody else's.
+    sandbox.sh_in(&container.netns(), &format!("{SLOW_DAD}; ip address add fd00:2::2/64 dev eth1"));
+    hear("eth1: fd00:2::2 came (applied)");
+    sandbox.sh("ip address add fd00:2::2/64 dev web1 nodad");
     hear("fd00:2::2 is a duplicate (DAD failed) and is not used");
     address(&sandbox, &container, "del 10.0.2.2/24 dev eth1");
     hear("eth1: 10.0.2.2 went");
@@ -2662,7 +2741,7 @@ fn the_journal_says_what_happened_to_whom() {
 /// With nothing to do it sleeps: nothing wakes it from time to time, nor does it wake itself.
 #[test]
 fn with_nothing_to_do_it_sleeps() {
-    let sandbox = Sandbox::new();
+    let sandbox = patient(Sandbox::new());
     let first = wired_in(&sandbox, "first", "pod");
     let second = Bare::in_netns(&sandbox, "second", &Netns::named("pod"));
     let third = wired(&sandbox, "third");
@@ -2674,18 +2753,11 @@ fn with_nothing_to_do_it_sleeps() {
     for container in [&first, &second, &third] {
         wait_until("it is followed", LIMIT, || is_followed(&sandbox, container));
     }
-    let switches = || {
-        let status = std::fs::read_to_string(sandbox.outside(&format!("/proc/{pid}/status"))).expect("its status");
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        line.and_then(|count| count.trim().parse::<u64>().ok()).expect("a count of context switches")
-    };
     // The settings are looked at twice: at once and after the runtime had its time.
+    wait_asleep(&sandbox, pid);
     std::thread::sleep(Duration::from_millis(2500));
-    let before = wait_for("an agent that has seen to all", LIMIT, || {
-        let before = switches();
-        std::thread::sleep(Duration::from_secs(1));
-        (switches() == before).then_some(before)
-    });
+    while_asleep(&sandbox, pid, || std::thread::sleep(Duration::from_secs(1)));
+    let before = while_asleep(&sandbox, pid, || naps(&sandbox, pid));
     std::thread::sleep(Duration::from_secs(5));
-    assert_eq!(switches(), before, "the agent woke up");
+    assert_eq!(naps(&sandbox, pid), before, "the agent woke up");
 }
