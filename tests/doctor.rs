@@ -1190,6 +1190,7 @@ fn doctor_names_an_interrupted_hook() {
 #[test]
 fn doctor_in_a_user_namespace() {
     let sandbox = Sandbox::new();
+    sandbox.no_policy();
     let program = hook().display().to_string();
     let script = format!(
         "ip link set lo up; ip link add eth1 type veth peer name peer1; ip link set eth1 up; ip link set peer1 up

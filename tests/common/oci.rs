@@ -69,6 +69,9 @@ impl Stage {
     }
 }
 
+/// After how many seconds a runtime kills a hook: more than the deadline in a sandbox's policy.
+pub const TIMEOUT: u32 = 90;
+
 /// An entry of `hooks` in config.json.
 #[derive(Clone, Debug)]
 pub struct HookEntry {
@@ -81,7 +84,7 @@ impl HookEntry {
         let path = hook();
         let mut args = vec!["mptcp-hook", "oci"];
         args.extend(arguments);
-        Self { entry: json!({ "path": path, "args": args, "env": [], "timeout": 10 }) }
+        Self { entry: json!({ "path": path, "args": args, "env": [], "timeout": TIMEOUT }) }
     }
 
     /// [`HookEntry::oci`], started by the command `before`.

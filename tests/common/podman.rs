@@ -271,11 +271,13 @@ pub fn write_network(sandbox: &Sandbox, name: &str, octet: u32, default_route: D
     std::fs::write(networks.join(format!("{name}.json")), network.to_string()).expect("writing a network");
 }
 
-/// The shipped hooks.d file for the program under test.
+/// The shipped hooks.d file for the program under test and a sandbox's policy.
 pub fn write_hooks_d(directory: &Path, program: &Path, arguments: &[&str]) {
     let mut entry: Value = serde_json::from_str(HOOKS_D).expect("the shipped file is JSON");
     assert_eq!(entry["hook"]["path"], INSTALLED);
     entry["hook"]["path"] = json!(program);
+    // As hooks/README.md says to do with a longer deadline.
+    entry["hook"]["timeout"] = json!(oci::TIMEOUT);
     entry["hook"]["args"].as_array_mut().expect("args is a list").extend(arguments.iter().map(|a| json!(a)));
     std::fs::create_dir_all(directory).expect("the hooks directory");
     std::fs::write(directory.join("mptcp-hook.json"), entry.to_string()).expect("writing the hooks.d file");

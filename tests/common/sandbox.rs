@@ -1,13 +1,14 @@
 //! A world of its own for container runtimes: mount, pid, ipc, uts and (usually) network namespaces.
 //!
-//! Inside, /run is an empty tmpfs, /etc a copy that may be changed, /sys belongs to the sandbox's network namespace and
-//! /sys/fs/cgroup is a cgroup2 view also where the machine's cgroups are hybrid. Bridges, firewall rules, mounts,
-//! state directories and processes are gone when the sandbox is dropped, on a panic and when the test is killed too:
-//! its first process lives only as long as the test holds the other end of a pipe.
+//! Inside, /run is an empty tmpfs, /etc a copy that may be changed, with a policy of a long deadline, /sys belongs to the
+//! sandbox's network namespace and /sys/fs/cgroup is a cgroup2 view also where the machine's cgroups are hybrid. Bridges,
+//! firewall rules, mounts, state directories and processes are gone when the sandbox is dropped, on a panic and when the
+//! test is killed too: its first process lives only as long as the test holds the other end of a pipe.
 
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -24,6 +25,10 @@ use tempfile::TempDir;
 use super::enter::{self, Namespaces, Process};
 use super::{LIMIT, hook};
 
+/// The policy of every sandbox until a test writes another one: the longest deadline. Where none is tested, a machine may
+/// have no processor for a hook for seconds.
+const PATIENT: &str = "deadline = 60.0\n";
+
 /// How long a command in a sandbox may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(600);
 
@@ -39,8 +44,8 @@ if [ "$1" = host-network ]; then
   done
 fi
 [ -n "$(find /sys/fs/cgroup -type d \( -path "*$2*" -o -name libpod_parent -o -name lxc.pivot \) -print -quit 2>/dev/null)" ] || exit 0
-for try in $(seq 100); do
-  # A cgroup is busy until its last process is gone.
+for try in $(seq 1000); do
+  # A cgroup is busy until its last process is gone, and a killed one needs a processor for that.
   find /sys/fs/cgroup -depth -type d \( -path "*$2*" -o -name libpod_parent -o -name lxc.pivot \) -exec rmdir {} + 2>/dev/null || :
   # Others' come and go meanwhile.
   left=$(find /sys/fs/cgroup -type d -path "*$2*" 2>/dev/null) || :
@@ -218,7 +223,7 @@ impl Sandbox {
         super::require("ip", "iproute2");
         let dir = tempfile::Builder::new().prefix("mptcp-hook-test.").tempdir().expect("a temporary directory");
         // Readable on the way in: mapped container users have to reach the root filesystem.
-        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))
             .expect("the mode of a temporary directory");
         // The letter at the end keeps it from being the beginning of another.
         let unique = format!("mh{}n{}x", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -287,15 +292,21 @@ impl Sandbox {
         self.run(&["cp", &from.display().to_string(), &to.display().to_string()]).ok();
     }
 
-    /// The policy file of this sandbox, /etc/mptcp-hook/config.toml.
+    /// The policy file of this sandbox, /etc/mptcp-hook/config.toml: this text, and so the hook's own deadline if it does
+    /// not say another one.
     pub fn policy(&self, toml: &str) {
         self.write("/etc/mptcp-hook/config.toml", toml);
     }
 
-    /// [`Sandbox::policy`] with the longest deadline: where none is tested, a machine may have no processor for a hook for
-    /// seconds.
+    /// [`Sandbox::policy`] that begins with the longest deadline, as without a policy of the test's.
     pub fn patient_policy(&self, toml: &str) {
-        self.policy(&format!("deadline = 60.0\n{toml}"));
+        self.policy(&format!("{PATIENT}{toml}"));
+    }
+
+    /// Takes the policy file away. Whoever maps the machine's root into a user namespace cannot be told from a user there,
+    /// and a hook of theirs trusts no file.
+    pub fn no_policy(&self) {
+        std::fs::remove_file(self.outside("/etc/mptcp-hook/config.toml")).expect("removing the policy");
     }
 
     /// A path, for the test itself, of a network namespace.
@@ -461,6 +472,13 @@ fn first_process(private_network: bool, unique: &str) -> Child {
     let copied = Command::new("cp").args(["-a", "/etc", "/run/etc"]).output().expect("starting cp");
     assert!(copied.status.success(), "copying /etc: {}", String::from_utf8_lossy(&copied.stderr));
     let _ = std::fs::remove_dir_all("/run/etc/mptcp-hook");
+    // Whatever the umask: the hook takes nobody's word that others could have written.
+    let writable_by_owner = |path: &str, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    std::fs::create_dir("/run/etc/mptcp-hook")
+        .and_then(|()| writable_by_owner("/run/etc/mptcp-hook", 0o755))
+        .and_then(|()| std::fs::write("/run/etc/mptcp-hook/config.toml", PATIENT))
+        .and_then(|()| writable_by_owner("/run/etc/mptcp-hook/config.toml", 0o644))
+        .expect("writing the policy");
     mount("/run/etc", "/etc", None, MsFlags::MS_BIND, None);
 
     let network = if private_network { "private-network" } else { "host-network" };
