@@ -647,7 +647,7 @@ fn an_annotation_that_the_policy_does_not_list_only_shares() {
 fn a_listed_value_is_allowed_to_annotations_and_claimed() {
     let host = Host::of(BACKLOG);
     let (listed, other) = (host.another(1), host.another(2));
-    host.sandbox.policy(&format!("[annotations.sysctls]\n\"{BACKLOG}\" = [{listed}]\n"));
+    host.sandbox.patient_policy(&format!("[annotations.sysctls]\n\"{BACKLOG}\" = [{listed}]\n"));
     let mut web = Bare::new(&host.sandbox, "web").annotation(&annotation_for(BACKLOG), &listed);
     web.oci(&[]).ok();
     host.assert_value(&listed);
@@ -682,18 +682,18 @@ fn an_annotation_overrides_only_with_the_policys_word_and_value() {
         // The administrator's default says what happens on conflicts, not that authors may do it.
         format!("on-conflict = \"override\"\n{}", key(&wanted)),
     ] {
-        host.sandbox.policy(&policy);
+        host.sandbox.patient_policy(&policy);
         let outcome = late.oci(&[]);
         assert_eq!(outcome.code, Some(3), "with the policy\n{policy}\n{outcome}");
         host.assert_value(&held);
     }
     host.assert_conflict(late.id(), &wanted, &held, &[holder.id()], "refused");
     // Nor does the administrator's word on the hook's line act for the author's wish.
-    host.sandbox.policy(&key(&wanted));
+    host.sandbox.patient_policy(&key(&wanted));
     assert_eq!(late.oci(&["--on-conflict", "override"]).code, Some(3));
     host.assert_value(&held);
 
-    host.sandbox.policy(&format!("[annotations]\noverride = true\n{}", key(&wanted)));
+    host.sandbox.patient_policy(&format!("[annotations]\noverride = true\n{}", key(&wanted)));
     late.oci(&[]).ok();
     host.assert_value(&wanted);
     assert_eq!(host.outcome(holder.id()), "overridden");
@@ -707,7 +707,7 @@ fn an_annotation_overrides_only_with_the_policys_word_and_value() {
 #[test]
 fn an_annotations_on_conflict_never_steers_an_administrators_wish() {
     let host = Host::of(BACKLOG);
-    host.sandbox.policy("[annotations]\noverride = true\n");
+    host.sandbox.patient_policy("[annotations]\noverride = true\n");
     let held = host.another(1);
     let mut holder = Bare::new(&host.sandbox, "holder");
     host.ask(&holder, &held, &[]).ok();
@@ -723,7 +723,7 @@ fn an_annotations_on_conflict_never_steers_an_administrators_wish() {
 #[test]
 fn the_policys_on_conflict_stands_where_nobody_says_otherwise() {
     let host = Host::of(BACKLOG);
-    host.sandbox.policy("on-conflict = \"warn\"\n");
+    host.sandbox.patient_policy("on-conflict = \"warn\"\n");
     let held = host.another(1);
     let mut holder = Bare::new(&host.sandbox, "holder");
     host.ask(&holder, &held, &[]).ok();
@@ -1171,7 +1171,7 @@ fn a_state_that_comes_late_leaves_less_of_the_deadline() {
     };
     assert!((0..10).any(is_in_time), "the deadline counts from the state's arrival");
     drop(held);
-    host.sandbox.policy("");
+    host.sandbox.patient_policy("");
     holder.stop().ok();
     host.assert_as_before();
 }
@@ -1207,7 +1207,7 @@ fn a_lock_that_is_held_ends_in_an_error_at_the_deadline() {
     assert!((0..10).any(is_in_time), "it waits for longer than the deadline");
     assert_eq!(host.claims(), [(holder.id().to_owned(), host.another(1))]);
     drop(held);
-    host.sandbox.policy("");
+    host.sandbox.patient_policy("");
     holder.stop().ok();
     host.assert_as_before();
 }

