@@ -99,18 +99,40 @@ impl Held {
             command.stdin(stdin).stdout(stdout).stderr(stderr);
         });
         let mut held = Self { child, pid: 0 };
-        held.pid = wait_for("the hook's process", LIMIT, || find_hook(held.child.id() as i32));
+        held.pid = held.child.id() as i32;
+        // One that has ended already may be gone from below what started it.
+        held.pid = wait_for("the hook's process", LIMIT, || {
+            find_hook(held.pid).or_else(|| held.has_ended().then_some(held.pid))
+        });
         held.wait_asleep();
         held
     }
 
-    /// Waits until the hook sleeps: for input, a lock, a reader of what it says.
+    /// Waits until the hook sleeps: for input, a lock, a reader of what it says. Or until it has ended, which whoever looks
+    /// at it notices.
     fn wait_asleep(&self) {
         wait_until("a hook that sleeps", LIMIT, || {
             let stat = self.read("stat");
-            let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start().starts_with('S'));
-            state.unwrap_or_else(|| panic!("the hook has ended: {stat}"))
+            self.has_ended() || stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('S'))
         });
+    }
+
+    /// What `look` sees of a hook that waits for its standard input. It does that for five seconds, whatever the policy
+    /// says: on a slow machine a look may come too late, and another hook is looked at.
+    fn while_reading<T>(sandbox: &Sandbox, before: &[&str], look: impl Fn(&Self) -> Option<T>) -> T {
+        wait_for("a look at a hook that reads", LIMIT, || {
+            let (stdin, runtime) = UnixStream::pair().expect("two joined sockets");
+            let streams = [Stdio::from(OwnedFd::from(stdin)), Stdio::null(), Stdio::null()];
+            let hook = Self::start(sandbox, before, &["oci"], streams);
+            let seen = look(&hook);
+            drop(runtime);
+            match hook.wait() {
+                // A state that is empty: it has been reading until now.
+                2 => Some(seen.expect("a hook that is there")),
+                1 => None,
+                status => panic!("it ended with status {status}"),
+            }
+        })
     }
 
     /// Waits until it writes what nobody reads.
@@ -132,9 +154,9 @@ impl Held {
         Rights::parse(&self.read("status"))
     }
 
-    /// Its descriptors and what they lead to.
-    fn descriptors(&self) -> Vec<(i32, String)> {
-        let directory = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("the hook's descriptors");
+    /// Its descriptors and what they lead to; none if it has ended.
+    fn descriptors(&self) -> Option<Vec<(i32, String)>> {
+        let directory = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?;
         let mut descriptors: Vec<_> = directory
             .filter_map(|entry| {
                 let entry = entry.expect("a descriptor");
@@ -143,12 +165,22 @@ impl Held {
             })
             .collect();
         descriptors.sort();
-        descriptors
+        Some(descriptors)
     }
 
     /// Its network namespace.
     fn netns(&self) -> PathBuf {
-        std::fs::read_link(format!("/proc/{}/ns/net", self.pid)).expect("the hook's network namespace")
+        self.netns_if_there().expect("the hook's network namespace")
+    }
+
+    /// Its network namespace; none if it has ended.
+    fn netns_if_there(&self) -> Option<PathBuf> {
+        std::fs::read_link(format!("/proc/{}/ns/net", self.pid)).ok()
+    }
+
+    /// Whether it is over. It is not waited for, so /proc has it still.
+    fn has_ended(&self) -> bool {
+        self.read("stat").rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('Z'))
     }
 
     /// Waits for its end; gives the exit status.
@@ -227,7 +259,7 @@ fn stdin_of(state: &Value) -> Stdio {
     Stdio::from(OwnedFd::from(reader))
 }
 
-/// One hook from its first moment to its last: reading, working in the container's namespace, reporting.
+/// From the first moment to the last: reading, working in the container's namespace, reporting.
 #[test]
 fn each_phase_has_the_capabilities_that_it_needs() {
     require("setpriv", "util-linux");
@@ -243,16 +275,13 @@ fn each_phase_has_the_capabilities_that_it_needs() {
     }
     assert!(!caller.no_new_privs);
 
-    let (stdin, mut runtime) = UnixStream::pair().expect("two joined sockets");
-    let (stderr, full) = Full::new();
-    let streams = [Stdio::from(OwnedFd::from(stdin)), Stdio::null(), full];
-    let hook = Held::start(&sandbox, &GENEROUS, &["oci", "--sysctl", "stale_loss_cnt=9"], streams);
-    assert_eq!(hook.rights(), Rights::only(WORKING), "while it reads the state");
+    let (rights, host) = Held::while_reading(&sandbox, &GENEROUS, |hook| Some((hook.rights(), hook.netns_if_there()?)));
+    assert_eq!(rights, Rights::only(WORKING), "while it reads the state");
 
-    let host = hook.netns();
+    let (stderr, full) = Full::new();
+    let streams = [stdin_of(&container.state()), Stdio::null(), full];
     let locks = hold_locks(&sandbox, "/run/mptcp-hook");
-    runtime.write_all(container.state().to_string().as_bytes()).expect("writing the state");
-    drop(runtime);
+    let hook = Held::start(&sandbox, &GENEROUS, &["oci", "--sysctl", "stale_loss_cnt=9"], streams);
     let inside = std::fs::read_link(sandbox.netns_path(&container.netns())).expect("the container's namespace");
     assert_ne!(inside, host);
     wait_until("a hook in the container's namespace", LIMIT, || hook.netns() == inside);
@@ -293,16 +322,23 @@ fn a_probe_has_one_capability() {
     web.oci(&["--interface", "eth1=backup", "--follow", "never"]).ok();
     // Its second path hangs, which is waited for.
     let _server = Server::start(&sandbox, paths.server());
-    let streams = [Stdio::null(), Stdio::null(), Stdio::null()];
-    let doctor = Held::start(&sandbox, &GENEROUS, &["doctor", web.id(), "--probe", "10.0.0.1:5000"], streams);
+    let probe = ["doctor", web.id(), "--probe", "10.0.0.1:5000"];
     let inside = std::fs::read_link(sandbox.netns_path(&web.netns())).expect("the container's namespace");
     let connected = || {
         let sockets = sandbox.inside(&ctr(), || std::fs::read_to_string("/proc/thread-self/net/tcp"));
         // The server's address, and the state: established.
         sockets.expect("the sockets").lines().any(|line| line.contains(" 0100000A:1388 01 "))
     };
-    wait_until("a probe that is under way", LIMIT, || doctor.netns() == inside && connected());
-    assert_eq!(doctor.rights(), Rights::only(1 << 12), "CAP_NET_ADMIN");
+    // For some seconds: on a slow machine a look may come too late, and another probe is looked at.
+    let rights = wait_for("a look at a probe", LIMIT, || {
+        let streams = [Stdio::null(), Stdio::null(), Stdio::null()];
+        let doctor = Held::start(&sandbox, &GENEROUS, &probe, streams);
+        let is_under_way = || doctor.netns_if_there().as_ref() == Some(&inside) && connected();
+        wait_until("a probe that is under way, or over", LIMIT, || is_under_way() || doctor.has_ended());
+        let rights = doctor.rights();
+        is_under_way().then_some(rights)
+    });
+    assert_eq!(rights, Rights::only(1 << 12), "CAP_NET_ADMIN");
 }
 
 /// Whatever there is to report, nobody needs a right for it.
@@ -400,14 +436,10 @@ fn descriptors_of_the_caller_are_closed() {
     let old_kernel =
         ["strace", "-qq", "-o", &trace, "-e", "trace=close_range", "-e", "inject=close_range:error=ENOSYS"];
     for tracer in [&[][..], &old_kernel] {
-        let (stdin, runtime) = UnixStream::pair().expect("two joined sockets");
-        let streams = [Stdio::from(OwnedFd::from(stdin)), Stdio::null(), Stdio::null()];
         let before = [&GENEROUS[..], tracer].concat();
-        let hook = Held::start(&sandbox, &before, &["oci"], streams);
-        let numbers: Vec<i32> = hook.descriptors().into_iter().map(|(number, _)| number).collect();
+        let descriptors = Held::while_reading(&sandbox, &before, Held::descriptors);
+        let numbers: Vec<i32> = descriptors.into_iter().map(|(number, _)| number).collect();
         assert_eq!(numbers, [0, 1, 2], "with {tracer:?}");
-        drop(runtime);
-        assert_eq!(hook.wait(), 2, "a state that is empty");
     }
     let trace = std::fs::read_to_string(&trace).expect("the trace");
     assert!(trace.contains("ENOSYS"), "{trace}");
@@ -424,7 +456,7 @@ fn closed_standard_streams_are_replaced() {
     let arguments = ["apply", container.id(), "--limit", "subflows=7"];
     let hook = Held::start(&sandbox, &before, &arguments, [Stdio::null(), Stdio::null(), Stdio::null()]);
     let null = |number| (number, "/dev/null".to_owned());
-    assert_eq!(hook.descriptors()[..3], [null(0), null(1), null(2)]);
+    assert_eq!(hook.descriptors().expect("a hook that waits")[..3], [null(0), null(1), null(2)]);
     drop(locks);
     assert_eq!(hook.wait(), 0);
     assert_eq!(sandbox.status_of(container.id())["live"], true);
