@@ -262,7 +262,7 @@ fn start_host_bad_arguments_stop_the_container() {
 fn start_host_on_error_continue_starts_the_container_as_it_is() {
     let sandbox = Sandbox::new();
     let _paths = two_bridges(&sandbox);
-    sandbox.policy("on-error = \"continue\"\n");
+    sandbox.patient_policy("on-error = \"continue\"\n");
     let make = |what, wish: &str| {
         let container = Lxc::new(&sandbox, what).two_paths(1);
         container.start_host(&format!("--interface eth1=backup {wish}")).post_stop()
@@ -391,7 +391,7 @@ fn start_host_several_lines_that_disagree_stop_the_container() {
     }
 }
 
-/// LXC adds the addresses just before the hook runs: duplicate address detection, which takes three seconds here, is not
+/// LXC adds the addresses just before the hook runs: duplicate address detection, which takes a hundred probes here, is not
 /// over yet then.
 #[test]
 fn start_host_tentative_ipv6_is_added_at_once() {
@@ -405,11 +405,11 @@ fn start_host_tentative_ipv6_is_added_at_once() {
         .hook_version(1)
         .veth(0, &["ipv6.address = fd00:1::2/64", "ipv6.gateway = fd00:1::1"])
         .veth(1, &["ipv6.address = fd00:2::2/64"])
+        .script_before_set_up("for file in /proc/sys/net/ipv6/conf/*/dad_transmits; do echo 100 >$file; done")
         .script(
             "start-host",
             &format!(
-                "echo 3000 >/proc/sys/net/ipv6/neigh/eth1/retrans_time_ms
-                 ip -6 route add default via fd00:2::1 dev eth1 metric 2048
+                "ip -6 route add default via fd00:2::1 dev eth1 metric 2048
                  ip -6 addr show dev eth1 tentative >{0}; echo hook >>{0}",
                 seen.display()
             ),
@@ -417,25 +417,26 @@ fn start_host_tentative_ipv6_is_added_at_once() {
         .start_host("--interface eth1=backup")
         .script("start-host", &format!("ip -6 addr show dev eth1 tentative >>{}", seen.display()))
         .post_stop();
-    // The kernel begins by itself: on a slow machine before the first script has made it slow. Then it is tried again.
-    wait_until("an address that is tentative before and after the hook", ENGINE_LIMIT, || {
-        container.start();
-        let seen = std::fs::read_to_string(&seen).expect("what the scripts saw");
-        let (before, after) = seen.split_once("hook\n").expect("both scripts have run");
-        assert!(before.contains("fd00:2::2/64"), "not tentative before the hook: {seen}");
-        let is_tentative = after.contains("fd00:2::2/64");
-        if !is_tentative {
-            container.stop();
-        }
-        is_tentative
-    });
+    container.start();
+    let seen = std::fs::read_to_string(&seen).expect("what the scripts saw");
+    let (before, after) = seen.split_once("hook\n").expect("both scripts have run");
+    assert!(before.contains("fd00:2::2/64"), "not tentative before the hook: {seen}");
+    assert!(after.contains("fd00:2::2/64"), "not tentative after the hook: {seen}");
     container.assert_only_endpoint("fd00:2::2", &["backup", "subflow"]);
     container.eth1_in_status("applied");
 
-    wait_until("the end of duplicate address detection", ENGINE_LIMIT, || {
+    // In time: what is left of the probes comes quickly.
+    let probe_each = |milliseconds: u32| {
+        let script =
+            format!("for file in /proc/sys/net/ipv6/neigh/*/retrans_time_ms; do echo {milliseconds} >$file; done");
+        sandbox.sh_in(&container.netns(), &script);
+    };
+    probe_each(20);
+    wait_until("the end of duplicate address detection", LIMIT, || {
         let left = sandbox.sh_in(&container.netns(), "ip -6 addr show scope global tentative");
         left.is_empty()
     });
+    probe_each(1000);
     container.assert_only_endpoint("fd00:2::2", &["backup", "subflow"]);
     let mut transfer = container.send(paths.address6(), 8_000_000, Some(4_000_000));
     transfer.wait_sent(1_000_000);
@@ -699,10 +700,18 @@ fn the_hook_keeps_nobody_waiting() {
     let paths = two_bridges(&sandbox);
     let without = Lxc::new(&sandbox, "without").two_paths(1);
     let with = Lxc::new(&sandbox, "with").two_paths(1).start_host("--interface eth1=backup").post_stop();
-    let bare = without.start();
-    without.stop();
-    let hooked = with.start();
-    assert!(hooked < bare + Duration::from_secs(3), "{hooked:?} with the hook, {bare:?} without");
+    // A machine may have no processor for one of them for seconds.
+    let is_quick = |_| {
+        let bare = without.start();
+        without.stop();
+        let hooked = with.start();
+        let is_quick = hooked < bare + Duration::from_secs(3);
+        if !is_quick {
+            with.stop();
+        }
+        is_quick
+    };
+    assert!((0..10).any(is_quick), "LXC waits for something that the hook has left");
     let program = with.hook_program();
     let left = sandbox.sh(&format!(
         "for process in /proc/[0-9]*; do

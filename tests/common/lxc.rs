@@ -141,6 +141,13 @@ impl<'a> Lxc<'a> {
         self.line(&format!("lxc.hook.{kind} = {}", file.display()))
     }
 
+    /// A hook of the administrator's own that runs a script in the container's namespaces before LXC sets them up.
+    pub fn script_before_set_up(self, script: &str) -> Self {
+        let file = self.directory().join("pre-mount");
+        self.sandbox.write_program(&file, &format!("#!/bin/sh\nset -e\n{script}\n"));
+        self.line(&format!("lxc.hook.pre-mount = {}", file.display()))
+    }
+
     /// A program in the container's root filesystem.
     pub fn program(self, name: &str, text: &str) -> Self {
         self.sandbox.write_program(&self.rootfs().join(name), text);
