@@ -1,6 +1,7 @@
 //! What the kernel, the hook's `status` and its log say, read independently of the hook's own code.
 
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
@@ -240,6 +241,8 @@ impl HostValue {
             .args(["-c", RESTORE, "restore"])
             .args([&path, Path::new(&original)])
             .stdin(Stdio::piped())
+            // The lock, too: the next test, of another program perhaps, must not take for the original what is not back yet.
+            .stdout(OwnedFd::from(lock.try_clone().expect("a second descriptor of a lock")))
             .process_group(0)
             .spawn()
             .expect("starting sh");
