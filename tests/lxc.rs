@@ -319,17 +319,19 @@ fn start_host_without_an_address_is_pending_until_apply() {
 fn apply_switches_the_live_connections_of_an_lxc_container() {
     let sandbox = Sandbox::new();
     let paths = two_bridges(&sandbox);
-    let _server = Server::start(&sandbox, paths.server());
+    let server = Server::start(&sandbox, paths.server());
     let capture = Capture::start(&sandbox, paths.server());
     let container = Lxc::new(&sandbox, "live").two_paths(1).start_host("--interface eth1=backup").post_stop();
     container.start();
-    let mut transfer = container.send(paths.address(), 60_000_000, Some(6_000_000));
-    transfer.wait_sent(1_000_000);
+    // What the server does not read is not over before the switches.
+    server.stop_reading();
+    let transfer = container.send(paths.address(), 60_000_000, None);
     assert!(capture.wait_join("br1").backup);
     // The bridges' ports see every packet once more.
     let prios = || capture.prios().into_iter().filter(|p| p.interface.starts_with("br")).collect::<Vec<_>>();
     let apply = |wish: &str| container.hook(&["apply", &container.name, "--interface", wish]);
     assert_switches(&sandbox, &container.netns(), ENGINE_LIMIT, prios, apply);
+    server.go_on_reading();
     assert!(transfer.finish(LIMIT).mptcp);
     container.stop();
     container.assert_ledger_is_empty();

@@ -92,7 +92,7 @@ impl HookEntry {
         let program = hook().display().to_string();
         // The runtimes look for no program themselves.
         let args = [&["env"], before, &[&program, "oci"]].concat();
-        Self { entry: json!({ "path": "/usr/bin/env", "args": args, "timeout": 30 }) }
+        Self { entry: json!({ "path": "/usr/bin/env", "args": args, "timeout": TIMEOUT }) }
     }
 
     /// Any other program, which inherits the runtime's environment.

@@ -59,6 +59,11 @@ impl Server {
         self.process.signal(Signal::SIGSTOP);
     }
 
+    /// Lets it go on: nothing was over meanwhile, however long that was.
+    pub fn go_on_reading(&self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+
     /// [`Server::received`] when there are as many lines: they can come later than the sender's end.
     #[track_caller]
     pub fn wait_received(&self, lines: usize) -> Vec<String> {
