@@ -168,7 +168,7 @@ impl World {
             policy: self.policy.clone(),
             state_dir: self.state_dir.path().into(),
             containers: ContainerFiles { directory: "/nonexistent".into(), initial_user_namespace: true },
-            deadline: Deadline::after(Duration::from_secs(5)),
+            deadline: Deadline::after(Duration::from_secs(600)),
         }
     }
 

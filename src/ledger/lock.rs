@@ -181,7 +181,7 @@ mod tests {
                         let mut names = ["a".to_string(), "b".to_string()];
                         names.rotate_left(thread % 2);
                         let locks =
-                            Locks::take(directory, &names, "t", Deadline::after(Duration::from_secs(20)), |_| {})
+                            Locks::take(directory, &names, "t", Deadline::after(Duration::from_secs(600)), |_| {})
                                 .unwrap();
                         let seen = *counter.lock().unwrap();
                         std::thread::yield_now();

@@ -410,7 +410,7 @@ pub(crate) mod testing {
     }
 
     pub(crate) fn soon() -> Deadline {
-        Deadline::after(Duration::from_secs(5))
+        Deadline::after(Duration::from_secs(600))
     }
 
     /// The payload of a message, for parsers that take it from there.
@@ -570,11 +570,18 @@ mod tests {
     #[test]
     fn waiting_ends_with_the_deadline() {
         in_namespace(|| {
-            let start = Instant::now();
-            let mut connection = Connection::open(NETLINK_ROUTE, Deadline::after(Duration::from_millis(50))).unwrap();
-            let error = connection.receive().unwrap_err();
-            assert_eq!(error.to_string(), TIMED_OUT);
-            assert!((40..1000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+            // A slow machine gets another try.
+            let is_in_time = |_| {
+                let start = Instant::now();
+                let deadline = Deadline::after(Duration::from_millis(50));
+                let mut connection = Connection::open(NETLINK_ROUTE, deadline).unwrap();
+                let error = connection.receive().unwrap_err();
+                assert_eq!(error.to_string(), TIMED_OUT);
+                let took = start.elapsed().as_millis();
+                assert!(took >= 40, "{took} ms");
+                took < 1000
+            };
+            assert!((0..10).any(is_in_time), "it waits for longer than the deadline");
         });
     }
 
