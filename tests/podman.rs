@@ -89,7 +89,7 @@ fn podman_either_default_route_first_with_both_interfaces_named(runtime: Runtime
     for (network, octet) in [("net0", 1), ("net1", 2)] {
         podman::write_network(&sandbox, network, octet, DefaultRoute::OfPodman);
     }
-    let _server = Server::start(&sandbox, paths.server());
+    let server = Server::start(&sandbox, paths.server());
     let container = podman.start_on_both("web", &["--annotation=mptcp-hook/interfaces=eth0=subflow; eth1=backup"]);
     let netns = container.netns();
     assert_eq!(eth1_of(&sandbox.status_of(container.id()), "applied")["route"], "ok");
@@ -106,9 +106,17 @@ fn podman_either_default_route_first_with_both_interfaces_named(runtime: Runtime
         let script = format!("ip -4 route flush default; {}{}", add(first, "add"), add(second, "append"));
         sandbox.sh_in(&netns, &script);
         let capture = Capture::start(&sandbox, paths.server());
-        assert!(container.send(paths.address(), 10_000_000, RATE).finish(LIMIT).mptcp);
-        let join = capture.wait_join(&second.replace("eth", "br"));
+        // Next to nothing is sent, however long it takes, before there are both.
+        server.stop_reading();
+        let transfer = container.send(paths.address(), 10_000_000, RATE);
+        let bridge = second.replace("eth", "br");
+        let join = capture.wait_join(&bridge);
         assert_eq!(join.backup, second == "eth1", "the first route is {first}'s");
+        wait_until("an answer to the join", LIMIT, || {
+            capture.packets().iter().any(|packet| packet.interface == bridge && packet.syn && packet.outgoing)
+        });
+        server.go_on_reading();
+        assert!(transfer.finish(LIMIT).mptcp);
         let (over_0, over_1) = (capture.payload_received("br0"), capture.payload_received("br1"));
         assert!(over_1 * 20 < over_0, "the first route is {first}'s: {over_0} bytes over eth0, {over_1} over eth1");
     }
