@@ -21,8 +21,8 @@ use crate::request::setting::{self, SettingKey};
 use crate::request::{Request, Routes};
 
 /// How long the agent looks for ways out in one container: some sixteen look-ups for each interface, which take less than a
-/// millisecond in all. Nobody waits in unit tests.
-const WAYS_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 600_000 } else { 500 });
+/// millisecond in all.
+const WAYS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What came of it.
 pub enum Done {
@@ -136,7 +136,7 @@ pub fn follow(
         request: Request::default(),
         notes: Vec::new(),
     };
-    let pace = Some(Pace { hurries });
+    let pace = Some(Pace { hurries, ways_patience: WAYS_PATIENCE });
     Work { call, context, instance: instance.clone(), kernel, kind, follows: pace }.follow(ledger)
 }
 
@@ -175,6 +175,8 @@ struct Work<'a> {
 struct Pace {
     /// Whether no address waits any more.
     hurries: bool,
+    /// How long it looks for ways out.
+    ways_patience: Duration,
 }
 
 /// The container that is followed has ended in the middle of the work.
@@ -419,7 +421,7 @@ impl Work<'_> {
     fn look_up_ways(&mut self, request: &Request, wants_routes: bool, facts: &mut Facts) -> Result<()> {
         let deadline = match self.follows {
             // Others wait for the agent.
-            Some(_) => Deadline::after(WAYS_PATIENCE),
+            Some(pace) => Deadline::after(pace.ways_patience),
             None => self.context.deadline,
         };
         let is_known = |ip| !wants_routes && facts.has_endpoint(ip);

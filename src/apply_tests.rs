@@ -203,7 +203,8 @@ impl World {
         let context = self.context();
         let ledger = Ledger::create(&context.state_dir)?;
         let kernel = Box::new(self.host.kernel(container.netns.inode));
-        let (instance, follows) = (container.instance(), Some(Pace { hurries: true }));
+        let (instance, follows) =
+            (container.instance(), Some(Pace { hurries: true, ways_patience: Duration::from_secs(600) }));
         Work { call, context: &context, instance, kernel, kind: self.host.kind(), follows }.follow(&ledger)
     }
 
