@@ -30,12 +30,6 @@ const QUIET: Duration = Duration::from_millis(500);
 /// What the containers here ask for, if nothing else is said.
 const BACKUP: [&str; 2] = ["--interface", "eth1=backup"];
 
-/// With the longest deadline: a hook waits for the agent's locks, and a machine may have no processor for either.
-fn patient(sandbox: Sandbox) -> Sandbox {
-    sandbox.patient_policy("");
-    sandbox
-}
-
 // --- containers -----------------------------------------------------------------------------------------------------
 
 /// A container in a namespace of its own; see [`wire`].
@@ -334,7 +328,7 @@ fn median(what: &str, mut times: Vec<Duration>) -> Duration {
 /// The hook's caller waits until its pipe is closed, ends what is in its cgroup, and may kill its session.
 #[test]
 fn a_pending_interface_starts_an_agent_that_holds_nothing_of_its_caller() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     assert!(agents(&sandbox).is_empty());
     let cgroup = format!("/sys/fs/cgroup/{}", sandbox.name("caller"));
@@ -377,7 +371,7 @@ fn a_pending_interface_starts_an_agent_that_holds_nothing_of_its_caller() {
 
 #[test]
 fn there_is_one_agent_for_all() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let web = wired(&sandbox, "web");
     web.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -406,7 +400,7 @@ fn there_is_one_agent_for_all() {
 /// Many hooks at once find no agent: one of them starts it.
 #[test]
 fn hooks_at_once_start_one_agent() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let containers: Vec<Bare> = (0..8).map(|n| wired(&sandbox, &format!("c{n}"))).collect();
     let pids: Vec<String> = containers.iter().map(|container| container.pid().to_string()).collect();
     let program = hook().display().to_string();
@@ -431,7 +425,7 @@ fn hooks_at_once_start_one_agent() {
 /// Whoever holds the agent's lock is not an agent yet: it may let go again without becoming one.
 #[test]
 fn a_lock_without_an_agent_is_not_taken_for_one() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
     web.oci(&BACKUP).ok();
     kill_agent(&sandbox);
@@ -477,7 +471,7 @@ fn a_lock_without_an_agent_is_not_taken_for_one() {
 /// The agent leaves the directory that it is called in.
 #[test]
 fn paths_from_the_callers_directory_hold_for_the_agent() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     sandbox.write("/run/here/policy.toml", "deadline = 60\n[defaults]\nfollow = \"always\"\n");
     let program = hook().display().to_string();
@@ -495,7 +489,7 @@ fn paths_from_the_callers_directory_hold_for_the_agent() {
 
 #[test]
 fn what_is_settled_starts_no_agent() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     address(&sandbox, &container, "add fd00:2::2/64 dev eth1 nodad");
@@ -510,7 +504,7 @@ fn what_is_settled_starts_no_agent() {
 /// As a DHCP client sets it: with a lifetime.
 #[test]
 fn an_address_with_a_lifetime_is_followed() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1 valid_lft 600 preferred_lft 600");
     container.oci(&BACKUP).ok();
@@ -536,7 +530,7 @@ const TROUBLE: &str = "mptcp-hook-agent.path is not enabled";
 
 #[test]
 fn under_systemd_the_unit_starts_it_and_nobody_else() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.sh("mkdir -p /run/systemd/system");
     let web = wired(&sandbox, "web");
     let said = web.oci(&BACKUP);
@@ -592,7 +586,7 @@ fn under_systemd_the_unit_starts_it_and_nobody_else() {
 /// The hook reads no environment: it looks where `systemctl` puts what all users or this one have enabled.
 #[test]
 fn under_a_users_systemd_the_unit_of_the_user_starts_it() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.sh("mkdir -p /run/systemd/system");
     let user = User::new(&sandbox);
     let (pid, _init) = user.container();
@@ -628,7 +622,7 @@ fn under_a_users_systemd_the_unit_of_the_user_starts_it() {
 
 #[test]
 fn whoever_asks_for_follow_gets_it_or_not() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.patient_policy("[defaults]\nfollow = \"never\"\n");
     // The policy's default.
     let shop = wired(&sandbox, "shop");
@@ -666,7 +660,7 @@ fn whoever_asks_for_follow_gets_it_or_not() {
 
 #[test]
 fn the_policy_can_have_all_followed() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.patient_policy("[defaults]\nfollow = \"always\"\n");
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -684,7 +678,7 @@ fn the_policy_can_have_all_followed() {
 
 #[test]
 fn a_namespace_without_a_process_is_not_followed() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.sh("ip netns add bare");
     wire(&sandbox, "bare", "bare");
     let said = sandbox.hook(&["apply", "--netns", "/run/netns/bare", "--interface", "eth1=backup"]);
@@ -757,14 +751,14 @@ fn change_addresses() -> [(&'static str, Duration); 4] {
 /// 100 ms are the aim; a loaded machine has them in the median, too.
 #[test]
 fn an_address_is_an_endpoint_within_milliseconds() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     measure_addresses(&sandbox, ":", Duration::from_millis(100));
 }
 
 /// Its route does not come: the agent waits for it no longer than 50 ms.
 #[test]
 fn an_address_without_a_way_out_waits_a_moment() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = measure_addresses(&sandbox, "ip route del default dev eth1", Duration::from_millis(150));
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     wait_endpoints(&sandbox, &container, &["10.0.2.2"]);
@@ -775,7 +769,7 @@ fn an_address_without_a_way_out_waits_a_moment() {
 
 #[test]
 fn addresses_of_both_families_come_move_and_go() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -811,7 +805,7 @@ fn addresses_of_both_families_come_move_and_go() {
 
 #[test]
 fn addresses_that_apply_would_not_use_are_not_used() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -849,7 +843,7 @@ const END_DAD: &str = "echo 10 >/proc/sys/net/ipv6/neigh/eth1/retrans_time_ms";
 
 #[test]
 fn an_ipv6_address_is_used_while_it_is_tentative() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -870,7 +864,7 @@ fn an_ipv6_address_is_used_while_it_is_tentative() {
 /// One of autoconfiguration or a DHCP client may turn out to be a duplicate sooner than anybody could use it.
 #[test]
 fn an_ipv6_address_with_a_lifetime_is_used_after_dad() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     agent(&sandbox);
@@ -894,7 +888,7 @@ fn an_ipv6_address_with_a_lifetime_is_used_after_dad() {
 
 #[test]
 fn a_duplicate_address_is_reported_and_not_used() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     // The other end has it already.
     sandbox.sh("ip address add fd00:2::2/64 dev web1 nodad");
@@ -922,7 +916,7 @@ fn a_duplicate_address_is_reported_and_not_used() {
 /// As documented: an IPv4 address stays on an interface that is down, and its endpoint with it; IPv6 ones go.
 #[test]
 fn a_link_that_goes_down_and_comes_back() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -959,7 +953,7 @@ fn a_link_that_goes_down_and_comes_back() {
 
 #[test]
 fn an_interface_that_is_renamed_moved_or_made_anew() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -1005,7 +999,7 @@ fn an_interface_that_is_renamed_moved_or_made_anew() {
 
 #[test]
 fn interfaces_that_match_a_pattern_come_and_go() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = Bare::new(&sandbox, "web");
     container.oci(&["--interface", "wan*=backup"]).ok();
     agent(&sandbox);
@@ -1037,7 +1031,7 @@ fn interfaces_that_match_a_pattern_come_and_go() {
 
 #[test]
 fn more_addresses_than_endpoints_take_turns() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -1068,7 +1062,7 @@ fn more_addresses_than_endpoints_take_turns() {
 #[test]
 fn whoever_changes_all_the_time_keeps_nobody_waiting() {
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let (busy, web) = (wired(&sandbox, "busy"), wired(&sandbox, "web"));
     for container in [&busy, &web] {
         container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
@@ -1132,7 +1126,7 @@ fn whoever_changes_all_the_time_keeps_nobody_waiting() {
 
 #[test]
 fn a_foreign_change_is_put_back_once_and_then_reported() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
@@ -1179,7 +1173,7 @@ fn a_foreign_change_is_put_back_once_and_then_reported() {
 
 #[test]
 fn a_foreign_change_of_the_limits_is_put_back_once_and_then_reported() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let journal = Journal::listen(&sandbox);
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1223,7 +1217,7 @@ fn a_foreign_change_of_the_limits_is_put_back_once_and_then_reported() {
 
 #[test]
 fn foreign_endpoints_are_never_touched() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut container = wired_in(&sandbox, "web", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1270,7 +1264,7 @@ fn foreign_endpoints_are_never_touched() {
 #[test]
 fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
     const KEY: &str = "net/mptcp/add_addr_timeout";
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut container = wired(&sandbox, "web");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
     let sysctl = format!("{KEY}=60");
@@ -1340,7 +1334,7 @@ fn a_setting_that_is_overwritten_after_the_hook_is_reported() {
 #[test]
 fn whoever_stays_in_a_shared_namespace_is_looked_at_when_the_first_leaves() {
     const KEY: &str = "net/mptcp/add_addr_timeout";
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut first = wired_in(&sandbox, "first", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &first, "add 10.0.2.2/24 dev eth1");
@@ -1382,7 +1376,7 @@ fn whoever_stays_in_a_shared_namespace_is_looked_at_when_the_first_leaves() {
 
 #[test]
 fn two_in_one_namespace_are_followed_together() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut first = wired_in(&sandbox, "first", "pod");
     let netns = Netns::named("pod");
     let mut second = Bare::in_netns(&sandbox, "second", &netns);
@@ -1413,7 +1407,7 @@ fn two_in_one_namespace_are_followed_together() {
 /// Hooks and people work on a container while the agent does.
 #[test]
 fn hooks_and_the_agent_do_not_get_in_each_others_way() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
     container.oci(&follow).ok();
@@ -1448,7 +1442,7 @@ fn hooks_and_the_agent_do_not_get_in_each_others_way() {
 
 #[test]
 fn whoever_is_released_by_hand_is_left_alone() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let web = wired(&sandbox, "web");
     let shop = wired(&sandbox, "shop");
     for container in [&web, &shop] {
@@ -1470,7 +1464,7 @@ fn whoever_is_released_by_hand_is_left_alone() {
 /// The same id, another process and namespace: an engine's restart.
 #[test]
 fn another_life_of_a_container_is_followed_instead() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -1505,7 +1499,7 @@ fn another_life_of_a_container_is_followed_instead() {
 /// Where the network comes later, an annotation's glob stands for what the policy gives of it.
 #[test]
 fn a_glob_of_an_annotation_gets_the_interfaces_that_the_policy_gives() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.patient_policy("[annotations]\ninterfaces = [\"eth0\", \"eth1\"]\n");
     let container = Bare::new(&sandbox, "web").annotation("mptcp-hook/interfaces", "eth*=backup");
     container.oci(&[]).ok();
@@ -1544,7 +1538,7 @@ fn a_glob_of_an_annotation_gets_the_interfaces_that_the_policy_gives() {
 /// A mistake in the policy file holds it up as long as it is there.
 #[test]
 fn a_mistake_in_the_policy_is_waited_out() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let journal = Journal::listen(&sandbox);
     container.oci(&BACKUP).ok();
@@ -1579,7 +1573,7 @@ fn a_mistake_in_the_policy_is_waited_out() {
 /// for each container, whatever happens meanwhile.
 #[test]
 fn what_does_not_work_for_a_while_is_tried_until_it_does() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     sandbox.sh(&format!("mkdir {STATE_DIR}; mount -t tmpfs -o size=1m,mode=700 tmpfs {STATE_DIR}"));
     let journal = Journal::listen(&sandbox);
     let (web, shop) = (wired(&sandbox, "web"), wired(&sandbox, "shop"));
@@ -1639,7 +1633,7 @@ fn measure_ends(busy: Busy) {
     const ROUNDS: usize = 24;
     const BLOCKS: usize = 3;
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let keeper = wired(&sandbox, "keep");
     keeper.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     let pid = agent(&sandbox);
@@ -1721,7 +1715,7 @@ fn a_killed_containers_namespace_is_gone_at_once_while_the_agent_is_busy_inside(
 /// An engine's poststop comes while the agent lets the same container go, and the next start right after it.
 #[test]
 fn the_agent_and_poststop_let_the_same_container_go() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut container = wired_in(&sandbox, "web", "pod");
     let netns = Netns::named("pod");
     address(&sandbox, &container, "add 10.0.2.2/24 dev eth1");
@@ -1741,7 +1735,7 @@ fn the_agent_and_poststop_let_the_same_container_go() {
 /// A hook is about to bring a container back that has just ended: it has its lock and no record yet.
 #[test]
 fn whom_a_hook_works_on_stays_on_the_list() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
     agent(&sandbox);
@@ -1765,7 +1759,7 @@ fn whom_a_hook_works_on_stays_on_the_list() {
 #[test]
 fn a_killed_containers_claims_on_the_host_are_restored() {
     let value = HostValue::of_sysctl("net/core/wmem_max");
-    let sandbox = patient(Sandbox::host_network());
+    let sandbox = Sandbox::host_network();
     let another = (value.original().parse::<u64>().expect("a number") + 4096).to_string();
     let wish = format!("net.core.wmem_max={another}");
     let mut first = Bare::new(&sandbox, "first");
@@ -1790,7 +1784,7 @@ fn a_killed_containers_claims_on_the_host_are_restored() {
 fn an_agent_that_cannot_reach_the_hosts_values_leaves_them_to_poststop() {
     for key in ["net/core/netdev_max_backlog", "net/core/wmem_max"] {
         let value = HostValue::of_sysctl(key);
-        let sandbox = patient(Sandbox::host_network());
+        let sandbox = Sandbox::host_network();
         sandbox.sh("ip netns add vpn");
         let elsewhere = Bare::new(&sandbox, "elsewhere");
         let program = hook().display().to_string();
@@ -1835,7 +1829,7 @@ fn an_agent_that_cannot_reach_the_hosts_values_leaves_them_to_poststop() {
 /// Nobody needs it for a minute; whoever comes meanwhile has the same one.
 #[test]
 fn a_minute_after_the_last_container_it_ends() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut web = wired(&sandbox, "web");
     web.oci(&BACKUP).ok();
     let pid = agent(&sandbox);
@@ -1889,7 +1883,7 @@ fn changes(seed: u64, count: usize) -> (Vec<String>, BTreeSet<IpAddr>) {
 fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
     const CONTAINERS: usize = 4;
     let _turn = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let containers: Vec<Bare> = (0..CONTAINERS).map(|n| wired(&sandbox, &format!("c{n}"))).collect();
     for container in &containers {
         sandbox.sh_in(&container.netns(), "ip mptcp endpoint add 10.0.1.2 dev eth0 id 99 signal");
@@ -1954,7 +1948,7 @@ fn an_agent_killed_among_200_changes_comes_to_the_same_state() {
 #[test]
 fn whenever_it_is_killed_the_ledger_is_sound() {
     const ROUNDS: u32 = 20;
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let netns = container.netns();
     let follow = ["--interface", "eth1=backup", "--follow", "always"];
@@ -2000,7 +1994,7 @@ fn whenever_it_is_killed_the_ledger_is_sound() {
 #[test]
 fn what_a_killed_agent_left_half_done_is_nobody_elses_change() {
     const ROUNDS: u32 = 20;
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let netns = container.netns();
     address(&sandbox, &container, "add 10.0.2.2/32 dev eth1");
@@ -2043,7 +2037,7 @@ fn what_a_killed_agent_left_half_done_is_nobody_elses_change() {
 
 #[test]
 fn a_container_that_ends_while_no_agent_runs_is_let_go_by_the_next() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut web = wired(&sandbox, "web");
     let shop = wired(&sandbox, "shop");
     web.oci(&BACKUP).ok();
@@ -2077,7 +2071,7 @@ fn netlink_sockets(sandbox: &Sandbox, netns: &Netns, column: &str) -> Vec<u64> {
 /// A socket would keep the namespace for a while after its end, even one that is closed at once.
 #[test]
 fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut web = wired(&sandbox, "web");
     let mut other = wired(&sandbox, "other");
     web.oci(&["--interface", "eth1=backup", "--follow", "always"]).ok();
@@ -2127,7 +2121,7 @@ fn the_agent_has_no_socket_in_the_namespaces_it_follows() {
 #[test]
 fn an_agent_that_hears_nothing_from_elsewhere_listens_inside() {
     require("setpriv", "util-linux");
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let program = hook().display().to_string();
     let _agent = sandbox.spawn(&["setpriv", "--bounding-set", "-net_broadcast", &program, "agent"]);
     let pid = agent(&sandbox);
@@ -2147,7 +2141,7 @@ fn an_agent_that_hears_nothing_from_elsewhere_listens_inside() {
 
 #[test]
 fn lost_messages_of_the_kernel_lose_nothing() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     let other = wired(&sandbox, "other");
     for container in [&container, &other] {
@@ -2185,7 +2179,7 @@ fn lost_messages_of_the_kernel_lose_nothing() {
 /// The kernel queues so few changes of the ledger for an agent that was started meanwhile that they are lost.
 #[test]
 fn lost_messages_of_the_ledger_lose_nothing() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let mut old: Vec<Bare> = (0..4).map(|n| wired(&sandbox, &format!("old{n}"))).collect();
     let pid = {
         let queue = HostValue::of_sysctl("fs/inotify/max_queued_events");
@@ -2250,7 +2244,7 @@ fn run_in_front<'a>(sandbox: &'a Sandbox, name: &str) -> (Container<'a>, Running
 /// something by inotify takes its time. Until crun is out of the way the agent does without.
 #[test]
 fn while_crun_waits_for_it_the_agent_can_end_at_once() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let by_inotify = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:inotify");
     let by_signal = |pid| descriptors(&sandbox, pid).iter().any(|target| target == "anon_inode:[signalfd]");
     let (front, running) = run_in_front(&sandbox, "front");
@@ -2293,7 +2287,7 @@ fn while_crun_waits_for_it_the_agent_can_end_at_once() {
 /// from its own work, the others get an agent again.
 #[test]
 fn a_poststop_hook_that_fails_leaves_the_others_an_agent() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let web = wired(&sandbox, "web");
     let mistake = || sandbox.patient_policy("on-conflct = \"warn\"\n");
     let none = || sandbox.patient_policy("on-conflict = \"warn\"\n");
@@ -2336,7 +2330,7 @@ fn a_poststop_hook_that_fails_leaves_the_others_an_agent() {
 #[test]
 fn in_a_user_namespace_it_works_for_that_users_containers() {
     const USER: u32 = 1000;
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let user = USER.to_string();
     sandbox.sh(&format!("install -d -m 755 /run/user; install -d -m 700 -o {user} -g {user} /run/user/{user}"));
     let sleep = ["sh", "-c", "echo $$; exec sleep 1000"];
@@ -2506,7 +2500,7 @@ impl<'a> User<'a> {
 /// An agent outside of its containers' user namespaces has a process for each of them.
 #[test]
 fn a_containers_process_that_is_killed_is_replaced_and_one_that_ends_is_reaped() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let user = User::new(&sandbox);
     let (pid, init) = user.container();
     let apply = ["apply", "--pid", &pid.to_string(), "--interface", "eth1=backup", "--follow", "always"];
@@ -2543,7 +2537,7 @@ fn a_containers_process_that_is_killed_is_replaced_and_one_that_ends_is_reaped()
 /// Two engines of one user have one ledger and two user namespaces, out of which neither agent can look.
 #[test]
 fn an_engines_agent_leaves_containers_of_the_users_other_engines_alone() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let user = User::new(&sandbox);
     let (engine, _engine) = user.container();
     let name = engine.to_string();
@@ -2598,7 +2592,7 @@ fn an_engines_agent_leaves_containers_of_the_users_other_engines_alone() {
 /// Other programs have used all that there are for the user.
 #[test]
 fn without_an_inotify_instance_it_follows_all_the_same() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let user = User::new(&sandbox);
     let (engine, _engine) = user.container();
     user.in_container(engine, "echo 0 >/proc/sys/user/max_inotify_instances");
@@ -2630,7 +2624,7 @@ fn without_an_inotify_instance_it_follows_all_the_same() {
 
 #[test]
 fn status_is_shown_again_and_again_until_nobody_reads_it() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let container = wired(&sandbox, "web");
     container.oci(&BACKUP).ok();
     let argv = [&hook().display().to_string(), "status", "--watch"];
@@ -2713,7 +2707,7 @@ fn status_on_a_terminal_stays_in_its_place() {
 /// What happens is in the journal, with the container's name.
 #[test]
 fn the_journal_says_what_happened_to_whom() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let journal = Journal::listen(&sandbox);
     let mut container = wired(&sandbox, "web");
     container.oci(&["--interface", "eth1=backup", "--name", "the-shop"]).ok();
@@ -2741,7 +2735,7 @@ fn the_journal_says_what_happened_to_whom() {
 /// With nothing to do it sleeps: nothing wakes it from time to time, nor does it wake itself.
 #[test]
 fn with_nothing_to_do_it_sleeps() {
-    let sandbox = patient(Sandbox::new());
+    let sandbox = Sandbox::new();
     let first = wired_in(&sandbox, "first", "pod");
     let second = Bare::in_netns(&sandbox, "second", &Netns::named("pod"));
     let third = wired(&sandbox, "third");

@@ -862,11 +862,10 @@ fn agent_of_a_rootless_podman(runtime: Runtime) {
         let outcome = rootless.start("web", &[BACKUP]);
         assert_eq!(outcome.code, Some(0), "{outcome}\n{}", rootless.messages("web"));
         assert_eq!(sandbox.endpoints(&ctr), []);
-        // The hook does not wait until the agent says that it runs.
-        let agent = wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
         let container = rootless.status()["containers"][0].clone();
         eth1_of(&container, "pending");
         assert_eq!(container["followed"], true, "{container:#}\n{}", rootless.messages("web"));
+        let agent = wait_for("the user's agent", LIMIT, || agent_in(&sandbox, &user::state_directory()));
         let uid = sandbox.sh(&format!("stat -c %u /proc/{agent}; stat -c '%u %a' {}", user::state_directory()));
         assert_eq!(uid, format!("{0}\n{0} 700", user::UID));
         assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
@@ -940,16 +939,9 @@ fn follow_containers_of_an_unprivileged_user(by_hand: bool) {
     }
     for container in [&first, &second] {
         container.start();
-        // The hook does not wait until the agent says that it runs.
-        let in_status = wait_for_or("a container that is followed", LIMIT, || {
-            let in_status = container.in_status();
-            if in_status["followed"] == true {
-                Ok(in_status)
-            } else {
-                Err(format!("{in_status:#}\n{}", container.log()))
-            }
-        });
+        let in_status = container.in_status();
         eth1_of(&in_status, "pending");
+        assert_eq!(in_status["followed"], true, "{in_status:#}\n{}", container.log());
     }
     assert!(!sandbox.outside("/run/mptcp-hook").exists(), "it wrote to root's ledger");
     give(&first, 2);
