@@ -555,7 +555,7 @@ mod tests {
     use super::*;
     use crate::cli::Globals;
     use crate::instance::{ContainerId, Door, Instance};
-    use crate::kernel::netlink::diag::{Subflow, TcpSocket, TcpState};
+    use crate::kernel::netlink::diag::{MptcpSocket, Subflow, TcpSocket, TcpState};
     use crate::kernel::netns::NetnsId;
     use crate::kernel::{Facts, Limits, RouteState};
     use crate::ledger::record::{Record, VERSION};
@@ -589,7 +589,7 @@ mod tests {
             received: 0,
         };
         let hop = Hop { ifindex: leaves_by, gateway: Some([10, 0, 2, 1].into()), onlink: false };
-        Sockets { tcp: vec![socket], connections: Vec::new(), hops: vec![Some(hop)] }
+        Sockets { tcp: vec![socket], connections: None, hops: vec![Some(hop)] }
     }
 
     #[test]
@@ -674,7 +674,13 @@ mod tests {
         assert_eq!(wrong(&any), [""; 0]);
         let mut opened = join(0b100_0011, TcpState::Established, 2);
         opened.tcp[0].local = ([10, 0, 1, 2], 40_000).into();
+        opened.connections = Some(vec![MptcpSocket { token: 7, subflows: 0 }]);
         assert_eq!(wrong(&with(opened)), ["connection-lacks-subflow"]);
+        // This side has closed it.
+        let mut opened = join(0b100_0011, TcpState::Established, 2);
+        opened.tcp[0].local = ([10, 0, 1, 2], 40_000).into();
+        opened.connections = Some(Vec::new());
+        assert_eq!(wrong(&with(opened)), [""; 0]);
         let mut opened = join(0b100_0011, TcpState::Established, 2);
         opened.tcp[0].local = ([10, 0, 1, 2], 40_000).into();
         assert_eq!(wrong(&inside(opened)), [""; 0]);

@@ -277,7 +277,7 @@ fn ways_out(
 fn look_at_sockets(ways: &mut Route, context: &Context) -> Result<Option<Sockets>> {
     let mut diag = Diag::open(context.deadline)?;
     let Some(tcp) = diag.tcp()? else { return Ok(None) };
-    let connections = diag.mptcp()?.unwrap_or_default();
+    let connections = diag.mptcp()?;
     // Thousands of connections to one peer ask the same.
     let mut known: BTreeMap<(IpAddr, IpAddr, u32), Option<Hop>> = BTreeMap::new();
     let mut hops = Vec::with_capacity(tcp.len());
@@ -321,7 +321,10 @@ fn facts(kind: Kind, seen: &Seen) -> Vec<(&'static str, String)> {
         let mptcp = sockets.tcp.len() - plain;
         facts.push((
             "sockets",
-            format!("{} MPTCP connections; {mptcp} TCP sockets of MPTCP, {plain} plain", sockets.connections.len()),
+            format!(
+                "{} MPTCP connections; {mptcp} TCP sockets of MPTCP, {plain} plain",
+                sockets.connections.as_ref().map_or(0, Vec::len)
+            ),
         ));
     }
     facts

@@ -25,7 +25,7 @@ use crate::request::flags::EndpointFlags;
 
 /// How long the first path may take: a SYN and two repetitions (RFC 6298).
 pub const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// How long the further paths may take after that, all of them at once.
+/// How long the further paths may take once this side has spoken, all of them at once.
 pub const PATH_TIME: Duration = Duration::from_secs(4);
 /// How long the peer has to speak first.
 const PEER_SPEAKS: Duration = Duration::from_millis(250);
@@ -108,12 +108,13 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
     let first = |sockets: &[TcpSocket]| sockets.iter().find(|s| s.local == local && s.peer == peer).cloned();
     let expected = expected(seen, peer, local);
     let begin = Instant::now();
-    let mut has_spoken = false;
+    let mut spoken: Option<Instant> = None;
     let mut watched = Watched::default();
     let mut all;
     loop {
-        // Before the look, so that what was there in time is seen however late this process goes on.
-        let is_late = begin.elapsed() > PATH_TIME;
+        // Before the look, so that what was there in time is seen however late this process goes on; and from when the
+        // kernel could begin, or a process that was not let go on would find that nothing was tried.
+        let is_late = spoken.is_some_and(|since| since.elapsed() > PATH_TIME);
         all = diag.tcp()?.unwrap_or_default();
         let now = first(&all);
         let is_over = now.as_ref().is_none_or(|s| s.state != TcpState::Established) || has_hung_up(&stream)?;
@@ -134,10 +135,10 @@ pub fn run(peer: SocketAddr, seen: &Seen) -> Result<(Outcome, Vec<Finding>)> {
         if watched.up.len() == expected.len() || is_late {
             break;
         }
-        if !has_spoken && begin.elapsed() > PEER_SPEAKS {
-            has_spoken = true;
+        if spoken.is_none() && begin.elapsed() > PEER_SPEAKS {
             // Whether the peer has hung up is looked at next.
             let _ = stream.write_all(b"\n");
+            spoken = Some(Instant::now());
         }
         std::thread::sleep(LOOK);
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::cli::Globals;
-use crate::kernel::netlink::diag::{MptcpSocket, TcpSocket, TcpState};
+use crate::kernel::netlink::diag::{MptcpSocket, Subflow, TcpSocket, TcpState};
 use crate::kernel::netlink::neighbours::Neighbour;
 use crate::kernel::netlink::routing::{Entry, Hop};
 use crate::kernel::{Endpoint, Facts, Link};
@@ -157,8 +157,8 @@ impl Seen {
 pub struct Sockets {
     /// All of TCP's.
     pub tcp: Vec<TcpSocket>,
-    /// MPTCP's connections, where the kernel lists them.
-    pub connections: Vec<MptcpSocket>,
+    /// MPTCP's connections, where the kernel lists them. Those that this side has closed are not among them.
+    pub connections: Option<Vec<MptcpSocket>>,
     /// For each of `tcp` that is a subflow: where its packets go next.
     pub hops: Vec<Option<Hop>>,
 }
@@ -169,6 +169,13 @@ impl Sockets {
         let from_there =
             move |s: &&TcpSocket| s.subflow.is_some() && s.state == TcpState::Established && s.local.ip() == address;
         self.tcp.iter().filter(from_there).map(|socket| socket.peer.ip())
+    }
+
+    /// Whether this side has closed the subflow's connection: the peer that has not keeps its subflows established for up
+    /// to a minute.
+    pub fn is_closed(&self, subflow: &Subflow) -> bool {
+        let is_listed = |all: &Vec<MptcpSocket>| all.iter().any(|connection| connection.token == subflow.token);
+        subflow.token != 0 && !self.connections.as_ref().is_none_or(is_listed)
     }
 }
 
@@ -222,7 +229,7 @@ pub(crate) mod testing {
             routes: Vec::new(),
             neighbours: Vec::new(),
             rp_filter: (0, BTreeMap::new()),
-            sockets: Some(Sockets { tcp: Vec::new(), connections: Vec::new(), hops: Vec::new() }),
+            sockets: Some(Sockets { tcp: Vec::new(), connections: None, hops: Vec::new() }),
             fallbacks: Vec::new(),
             managers: Vec::new(),
         }

@@ -222,13 +222,15 @@ fn plain(seen: &Seen, sockets: &Sockets, found: &mut Vec<Finding>) {
 }
 
 /// Connections that were opened here and have no subflow from an endpoint that could have one. A client that has neither
-/// sent nor got anything has none yet.
+/// sent nor got anything has none yet, and one that has closed its side gets none any more.
 fn lacking(seen: &Seen, sockets: &Sockets, found: &mut Vec<Finding>) {
     let Some(limits) = seen.facts.limits else { return };
     let opened = |s: &&TcpSocket| {
         s.state == TcpState::Established
             && !seen.is_own(s.peer.ip())
-            && s.subflow.is_some_and(|s| s.opened_connection() && s.is_agreed() && s.is_fully_established())
+            && s.subflow.is_some_and(|s| {
+                s.opened_connection() && s.is_agreed() && s.is_fully_established() && !sockets.is_closed(&s)
+            })
     };
     for first in sockets.tcp.iter().filter(opened) {
         let all: Vec<&TcpSocket> = sockets.tcp.iter().filter(|s| s.is_sibling_of(first)).collect();
@@ -253,7 +255,8 @@ fn lacking(seen: &Seen, sockets: &Sockets, found: &mut Vec<Finding>) {
             }
             let what =
                 format!("the connection {} to {} has no subflow from {address} ({name})", first.local, first.peer);
-            let counted = first.subflow.and_then(|s| sockets.connections.iter().find(|c| c.token == s.token));
+            let mut listed = sockets.connections.iter().flatten();
+            let counted = first.subflow.and_then(|s| listed.find(|connection| connection.token == s.token));
             let counted = counted.map(|c| format!("; the kernel counts {}", c.subflows)).unwrap_or_default();
             let evidence = format!("{joins} further subflows, none from there{counted}");
             let command = seen.rebuilt(endpoint, name, EndpointFlags(endpoint.flags));
