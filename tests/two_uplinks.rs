@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -19,9 +20,12 @@ const SLOW: u64 = 20_000;
 /// Annotations may ask for routes, which they may not without the administrator's word.
 const POLICY: &str = "[annotations]\nroutes = true\n";
 
-/// No IPv6 address of the kernel's own, and none that has to prove itself.
-const SETTLE: &str = "for i in eth0 eth1; do ip link set $i addrgenmode none; ip -6 addr flush dev $i scope link; done
-for n in $(seq 100); do [ -n \"$(ip -6 addr show tentative)\" ] || break; sleep 0.05; done";
+/// The kernel has noticed that the links are up; no IPv6 address is its own, and none has to prove itself.
+const SETTLE: &str = "for i in eth0 eth1; do
+  until ip -o link show dev $i | grep -q \"state UP\"; do sleep 0.05; done
+  ip link set $i addrgenmode none; ip -6 addr flush dev $i scope link
+done
+until [ -z \"$(ip -6 addr show tentative)\" ]; do sleep 0.05; done";
 
 /// Drops what arrives where answers would not leave.
 const STRICT: &str = "for i in all eth0 eth1; do echo 1 >/proc/sys/net/ipv4/conf/$i/rp_filter; done";
@@ -203,7 +207,7 @@ impl World<'_> {
     fn doctor(&self, container: &dyn Uplinked, more: &[&str]) -> Diagnosis {
         let name = container.name();
         let arguments = [&["doctor", &name, "--json"], more].concat();
-        Diagnosis::read(container.hook(&arguments).wait(ENGINE_LIMIT))
+        Diagnosis::read(container.hook(&arguments).wait(LIMIT))
     }
 
     /// Lets it go by hand, looks that all is as before, and ends it.
@@ -318,7 +322,7 @@ fn second_path_works_by_routes_auto<'a>(world: &World, start: impl Fn(Wish) -> B
             assert_eq!((&subflow["state"], &subflow["backup"]), (&json!("ESTAB"), &json!(backup)), "{subflow:#}");
         }
     }
-    let text = web.hook(&["doctor", &web.name(), "--probe", peers[0]]).wait(ENGINE_LIMIT).ok();
+    let text = web.hook(&["doctor", &web.name(), "--probe", peers[0]]).wait(LIMIT).ok();
     assert!(text.contains("Nothing is wrong.") && text.contains("ESTAB"), "{text}");
 
     let source = world.address(&*web, "eth1");
@@ -353,20 +357,21 @@ fn second_path_works_by_routes_auto<'a>(world: &World, start: impl Fn(Wish) -> B
 
     // To ask an engine takes its time.
     let netns = web.netns();
-    let counted = |interface: &str| sandbox.counters(&netns, interface).sent;
-    let seen = wire.payload_received(second_end);
-    let (inside, outside) = (counted("eth1"), paths.received(second_end));
-    let mut transfer = send(8_000_000, 2_000_000);
-    transfer.wait_sent(1_000_000);
-    assert!(counted("eth1") - inside < 100_000, "{} bytes left by the backup path", counted("eth1") - inside);
-    paths.cut(first_end);
-    assert!(transfer.finish(LIMIT).mptcp);
+    let counted = || [sandbox.counters(&netns, "eth1").sent, paths.received(second_end)];
+    let before = Cell::new([0; 2]);
+    let send = |bytes, rate| {
+        before.set(counted());
+        send(bytes, rate)
+    };
+    let looks = || {
+        let left = counted()[0] - before.get()[0];
+        assert!(left < 100_000, "{left} bytes left by the backup path");
+    };
+    let seen = assert_fails_over(paths, &wire, world.ends, send, looks);
     wait_until("the server's word", LIMIT, || {
         server.received().iter().any(|line| line.starts_with("received 8000000 bytes mptcp=yes"))
     });
-    let seen = wire.payload_received(second_end) - seen;
-    let (inside, outside) = (counted("eth1") - inside, paths.received(second_end) - outside);
-    assert!(seen > 2_000_000, "after the cut only {seen} bytes went over eth1");
+    let [inside, outside] = [0, 1].map(|side| counted()[side] - before.get()[side]);
     for (who, bytes) in [("the container's", inside), ("the server's", outside)] {
         assert!((seen..seen + seen / 5).contains(&bytes), "{seen} bytes seen, {who} interface counted {bytes}");
     }
@@ -427,11 +432,16 @@ fn server_gets_its_second_subflow<'a>(world: &World, start: impl Fn(Wish) -> Box
     found.is_clean();
     assert_eq!(subflow_by(&found.json["subflows"], "eth1")["state"], "ESTAB");
     drop(sender);
-    connect(&*web, 3_000_000, 600_000).finish(LIMIT);
-    // A runtime may pass on what a program prints after the program's peer has gone.
-    wait_until("the server's word", LIMIT, || {
-        server.received().iter().any(|line| line == "received 3000000 bytes mptcp=yes subflows=2")
+    // Whoever was so busy that it was over before the join sends once more, and takes half a minute.
+    let is_joined = [600_000, 100_000].into_iter().enumerate().any(|(number, rate)| {
+        connect(&*web, 3_000_000, rate).finish(LIMIT);
+        // A runtime may pass on what a program prints after the program's peer has gone.
+        let said = wait_for("the server's word", LIMIT, || {
+            server.received().into_iter().filter(|line| line.starts_with("received 3000000 bytes")).nth(number)
+        });
+        said == "received 3000000 bytes mptcp=yes subflows=2"
     });
+    assert!(is_joined, "{:?}", server.received());
     drop((server, watching));
     world.release_restores(&*web);
 }
@@ -440,7 +450,7 @@ fn server_gets_its_second_subflow<'a>(world: &World, start: impl Fn(Wish) -> Box
 
 /// A namespace that outlives its containers, wired with one default route for each family.
 fn oci_world<'a>(sandbox: &'a Sandbox, wiring: &Wiring, dual_stack: bool) -> World<'a> {
-    sandbox.policy(POLICY);
+    sandbox.patient_policy(POLICY);
     let paths = TwoPaths::with_container_netns(sandbox, &wiring.clone().without_second_route());
     World { sandbox, paths, ends: ["eth0", "eth1"], dual_stack }
 }
@@ -481,7 +491,7 @@ fn two_uplinks_server_with_strict_rp_filter_gets_its_second_subflow(runtime: Run
 
 /// net1 has no default route.
 fn podman_world<'a>(sandbox: &'a Sandbox, runtime: Runtime, early: &str) -> (World<'a>, Podman<'a>) {
-    sandbox.policy(POLICY);
+    sandbox.patient_policy(POLICY);
     let world = World { sandbox, paths: TwoPaths::at_host(sandbox), ends: ["br0", "br1"], dual_stack: false };
     let podman = Podman::new(sandbox, runtime);
     podman::write_network(sandbox, "net1", 2, DefaultRoute::None);
@@ -535,6 +545,7 @@ fn start_lxc<'a>(world: &World<'a>, starter: Starter, wish: Wish, early: &str) -
 }
 
 fn lxc_world(sandbox: &Sandbox, dual_stack: bool) -> World<'_> {
+    sandbox.patient_policy("");
     let paths = two_bridges(sandbox);
     if dual_stack {
         sandbox.sh("ip addr add fd00:1::1/64 dev br0 nodad; ip addr add fd00:2::1/64 dev br1 nodad");

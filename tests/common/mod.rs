@@ -58,7 +58,7 @@ pub use observe::{Endpoint, HostValue, Journal};
 pub use oci::{Bundle, Container, HookEntry, Runtime, Stage};
 pub use paths::{TwoPaths, Wiring};
 pub use podman::{BACKUP, DefaultRoute, Member, NETWORKS, Podman, Rootless};
-pub use proof::{RATE, assert_backup_path, assert_only_endpoint, assert_switches, eth1_of};
+pub use proof::{RATE, assert_backup_path, assert_fails_over, assert_only_endpoint, assert_switches, eth1_of};
 pub use sandbox::{Netns, Outcome, Running, Sandbox};
 pub use traffic::{Sender, Server};
 pub use world::{World, ctr};

@@ -107,9 +107,10 @@ impl Wiring {
     }
 }
 
-/// Waits, in a container's namespace and on a thread of its own, until the kernel has noticed that the links are up and has
-/// given them its own addresses: it does that by itself at some time, and tests compare what was before and after.
-fn wait_for_links() {
+/// Waits, in a namespace and on a thread of its own, until the kernel has noticed that these links are up and has given them
+/// its own addresses: it does that by itself at some time. Tests compare what was before and after, and what is sent by a
+/// link of which it has not noticed gets lost.
+fn wait_for_links(names: &[String]) {
     // /sys shows the links of the namespace that it was mounted in.
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
@@ -124,7 +125,7 @@ fn wait_for_links() {
             addresses.lines().any(|line| line.starts_with("fe80") && line.split_whitespace().last() == Some(name));
         read(format!("/sys/class/net/{name}/operstate")).trim() == "up" && (own || !by_itself)
     };
-    wait_until("links that are up", LIMIT, || is_ready("eth0") && is_ready("eth1"));
+    wait_until("links that are up", LIMIT, || names.iter().all(|name| is_ready(name)));
 }
 
 /// The server's side of two paths; see the module's description.
@@ -200,9 +201,12 @@ impl<'a> TwoPaths<'a> {
             Netns::Pid(pid) => pid.to_string(),
         };
         let [outside, inside] = wiring.commands(&name);
-        self.sandbox.ip_in(&Netns::named("srv"), &outside);
+        let server = Netns::named("srv");
+        self.sandbox.ip_in(&server, &outside);
         self.sandbox.ip_in(netns, &inside);
-        self.sandbox.inside(netns, wait_for_links);
+        let ends = ["eth0", "eth1"];
+        self.sandbox.inside(netns, || wait_for_links(&ends.map(str::to_owned)));
+        self.sandbox.inside(&server, || wait_for_links(&ends.map(|end| wiring.server_end(end))));
     }
 
     /// An OCI hook that joins the container's own namespace, for runtimes that make it themselves. It has to stand
@@ -252,9 +256,12 @@ impl<'a> TwoPaths<'a> {
         self.sandbox.ip_in(&self.server, &format!("link set {interface} down"));
     }
 
-    /// Takes the server's end of `interface` up again.
+    /// Takes the server's end of `interface` up again, and waits until the kernel has noticed.
     pub fn mend(&self, interface: &str) {
         self.sandbox.ip_in(&self.server, &format!("link set {interface} up"));
+        let show = ["ip", "-o", "link", "show", "dev", interface];
+        let is_up = || self.sandbox.run_in(&self.server, &show).ok().contains("state UP");
+        wait_until("a carrier", LIMIT, is_up);
     }
 
     /// Bytes that came in at the server over `interface`, headers included.

@@ -72,7 +72,10 @@ impl Server {
 
     /// The lines `received N bytes ...` until now, one per finished connection.
     pub fn received(&self) -> Vec<String> {
-        self.process.stdout().lines().filter(|line| line.starts_with("received")).map(str::to_owned).collect()
+        let out = self.process.stdout();
+        // The last line may be half written.
+        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
+        whole.lines().filter(|line| line.starts_with("received")).map(str::to_owned).collect()
     }
 }
 
