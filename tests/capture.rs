@@ -30,12 +30,24 @@ impl Listening {
         Self { running }
     }
 
+    /// The whole lines until now; the last one may be half written.
+    fn lines(&self) -> Vec<String> {
+        let out = self.running.stdout();
+        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
+        whole.lines().map(str::to_owned).collect()
+    }
+
     /// The packets until now, by `--json`.
     fn packets(&self) -> Vec<Value> {
-        let out = self.running.stdout();
-        // The last line may be half written.
-        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
-        whole.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"))).collect()
+        let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        self.lines().iter().map(parse).collect()
+    }
+
+    /// All packets when there is an end of them: [`mark`] comes last, and what came before it is in the file as well.
+    #[track_caller]
+    fn packets_to_mark(&self) -> Vec<Value> {
+        self.wait_option("MP_PRIO", |_, option| option["address_id"] == MARK);
+        self.packets()
     }
 
     /// Waits for a packet with an option of this subtype for which `is` holds.
@@ -52,10 +64,23 @@ impl Listening {
     #[track_caller]
     fn wait_line(&self, parts: &[&str]) -> String {
         wait_for(&format!("a line with {parts:?}"), LIMIT, || {
-            let out = self.running.stdout();
-            out.lines().find(|line| parts.iter().all(|part| line.contains(part))).map(str::to_owned)
+            self.lines().into_iter().find(|line| parts.iter().all(|part| line.contains(part)))
         })
     }
+}
+
+/// The address id of a packet that marks the end.
+const MARK: u8 = 0x77;
+
+/// Sends a packet that comes after all others: the last sockets that could send anything are gone.
+#[track_caller]
+fn mark(sandbox: &Sandbox, paths: &TwoPaths) {
+    let is_alive = |line: &str| !line.starts_with("LISTEN") && !line.starts_with("TIME-WAIT");
+    for netns in [paths.server(), &ctr()] {
+        let sockets = || sandbox.run_in(netns, &["ss", "-tanH"]).ok();
+        wait_until("the end of all sockets", LIMIT, || !sockets().lines().any(is_alive));
+    }
+    inject(sandbox, paths.server(), "eth0", vec![frame(&format!("1e04 51{MARK:02x}"), 0x10, false)]);
 }
 
 fn options(packet: &Value) -> &[Value] {
@@ -228,19 +253,24 @@ fn real_traffic_is_read_as_tshark_reads_it() {
     let all = Listening::start(&sandbox, &[CTR[0], CTR[1], "--json", "--dss", "--write", &write]);
     let some = Listening::start(&sandbox, &[CTR[0], CTR[1], "--json"]);
     for (address, port) in [(paths.address(), 5001), (paths.address6(), 5002)] {
-        let mut sender = Sender::start(&sandbox, &ctr, address, 1_500_000, Some(1_000_000));
-        sender.wait_sent(200_000);
+        // It goes on for as long as it is needed.
+        let mut sender = Sender::start(&sandbox, &ctr, address, 1 << 30, Some(200_000));
+        sender.wait_sent(1);
+        all.wait_option("MP_JOIN", |packet, _| packet["flags"] == serde_json::json!(["ACK"]));
         sandbox.hook(&["apply", CTR[0], CTR[1], "--interface", "eth1=subflow"]).ok();
-        sender.wait_sent(600_000);
+        all.wait_option("MP_PRIO", |_, _| true);
         // Taken back while the connection lives: REMOVE_ADDR.
         let announced = format!("ip mptcp endpoint flush; ip mptcp endpoint add 10.0.1.1 signal port {port}");
         sandbox.sh_in(paths.server(), &announced);
-        assert!(sender.finish(LIMIT).mptcp);
+        all.wait_option("REMOVE_ADDR", |_, _| true);
+        drop(sender);
+        // One that ends by itself.
+        assert!(Sender::start(&sandbox, &ctr, address, 1_500_000, Some(1_000_000)).finish(LIMIT).mptcp);
         sandbox.hook(&["apply", CTR[0], CTR[1], "--interface", "eth1=backup"]).ok();
     }
-    wait_until("all is written", LIMIT, || tshark(&file, &["frame.number"]).len() == all.packets().len());
+    mark(&sandbox, &paths);
 
-    let packets = all.packets();
+    let packets = all.packets_to_mark();
     let has = |subtype: &str| packets.iter().flat_map(options).filter(|option| option["subtype"] == subtype).count();
     for subtype in ["MP_CAPABLE", "MP_JOIN", "DSS", "ADD_ADDR", "REMOVE_ADDR", "MP_PRIO"] {
         assert!(has(subtype) > 0, "no {subtype} in {} packets", packets.len());
@@ -252,13 +282,14 @@ fn real_traffic_is_read_as_tshark_reads_it() {
     // Without --dss exactly those that have another option.
     let control: Vec<&Value> =
         packets.iter().filter(|packet| options(packet).iter().any(|option| option["subtype"] != "DSS")).collect();
-    wait_until("the same in both", LIMIT, || some.packets().len() == control.len());
+    let some = some.packets_to_mark();
+    assert_eq!(some.len(), control.len());
     let untimed = |packet: &Value| {
         let mut packet = packet.clone();
         packet.as_object_mut().expect("an object").remove("time");
         packet
     };
-    for (one, other) in some.packets().iter().zip(control) {
+    for (one, other) in some.iter().zip(control) {
         assert_eq!(untimed(one), untimed(other));
     }
 }
@@ -276,10 +307,15 @@ fn a_connection_that_is_ended_by_force() {
     sender.wait_sent(1_000_000);
     server.stop_reading();
     sender.wait_blocked();
+    // Of the sender's side that says nothing: it may have been kept from going on.
+    let unread = || sandbox.run_in(paths.server(), &["ss", "-MnH", "state", "established"]).ok();
+    wait_until("something unread", LIMIT, || unread().lines().any(|line| !line.trim_start().starts_with("0 ")));
     drop(server);
     let packet = capture.wait_option("MP_FASTCLOSE", |packet, _| packet["direction"] == "in");
     assert_eq!(packet["flags"], serde_json::json!(["RST", "ACK"]));
-    assert_as_tshark(&capture.packets(), &file);
+    drop(sender);
+    mark(&sandbox, &paths);
+    assert_as_tshark(&capture.packets_to_mark(), &file);
 }
 
 #[test]
@@ -305,7 +341,7 @@ fn what_a_person_looks_for_is_on_the_line() {
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
     capture.wait_line(&[" eth1 out 10.0.2.2:", "MP_PRIO backup"]);
     drop(sender);
-    for line in capture.running.stdout().lines() {
+    for line in capture.lines() {
         let time = line.split(' ').next().expect("a time");
         assert!(time.len() == 15 && time.as_bytes()[8] == b'.', "{line}");
     }
@@ -389,7 +425,7 @@ fn tun(sandbox: &Sandbox, netns: &Netns, name: &str) -> File {
 #[test]
 fn interfaces_without_a_link_layer() {
     let sandbox = Sandbox::new();
-    let _paths = world(&sandbox);
+    let paths = world(&sandbox);
     let ctr = Netns::named("ctr");
     let file = sandbox.dir().join("tun.pcap");
     let write = file.display().to_string();
@@ -401,15 +437,16 @@ fn interfaces_without_a_link_layer() {
         device.write_all(&frame("1e03 51", 0x10, is_v6)[14..]).expect("writing to the tun interface");
     }
     // Nobody answers; the SYN is enough.
-    let _sender = Sender::start(&sandbox, &ctr, [10, 7, 0, 1].into(), 1, None);
+    let sender = Sender::start(&sandbox, &ctr, [10, 7, 0, 1].into(), 1, None);
     let outgoing = capture.wait_option("MP_CAPABLE", |packet, _| packet["direction"] == "out");
     assert_eq!((&outgoing["interface"], &outgoing["source"]), (&"tun7".into(), &"10.7.0.2".into()));
     for source in ["10.0.1.1", "fd00:1::1"] {
         let incoming = capture.wait_option("MP_PRIO", |packet, _| packet["source"] == source);
         assert_eq!((&incoming["interface"], &incoming["direction"]), (&"tun7".into(), &"in".into()));
     }
-    drop(_sender);
-    assert_as_tshark(&capture.packets(), &file);
+    drop(sender);
+    mark(&sandbox, &paths);
+    assert_as_tshark(&capture.packets_to_mark(), &file);
 }
 
 /// Sends frames out of an interface of a namespace as they are.
