@@ -443,7 +443,7 @@ fn addresses_that_no_subflow_can_use_are_left_out() {
 fn a_tentative_address_that_is_permanent_is_used_at_once() {
     let sandbox = Sandbox::new();
     let world = World::new(&sandbox);
-    world.sh("echo 60 >/proc/sys/net/ipv6/conf/eth1/dad_transmits; ip addr add fd00:9::2/64 dev eth1");
+    world.sh("echo 1000 >/proc/sys/net/ipv6/conf/eth1/dad_transmits; ip addr add fd00:9::2/64 dev eth1");
     assert!(world.sh("ip -6 addr show dev eth1").contains("tentative"));
     world.web.oci(&["--interface", "eth1=backup"]).ok();
     assert!(world.endpoints().contains(&"fd00:9::2 backup subflow eth1".to_owned()), "{:?}", world.endpoints());
