@@ -204,8 +204,6 @@ fn the_agent_lets_a_container_go_without_pidfd() {
     for error in ["ENOSYS", "EPERM"] {
         let sandbox = Sandbox::new();
         let old = Old { sandbox: &sandbox, error };
-        // Hooks and an agent that is traced wait for each other.
-        sandbox.patient_policy("");
         let _agent = sandbox.spawn(&old.argv(&["agent"]));
         wait_until("an agent", LIMIT, || sandbox.outside("/run/mptcp-hook/agent").exists());
         let mut containers: Vec<Bare> = ["one", "two"].into_iter().map(|name| Bare::new(&sandbox, name)).collect();

@@ -178,7 +178,6 @@ fn eth1(sandbox: &Sandbox, id: &str) -> Value {
 fn crun_second_uplink_without_default_route_carries_the_failover() {
     let sandbox = Sandbox::new();
     let wiring = Wiring::new().without_second_route();
-    sandbox.patient_policy("");
     let paths = TwoPaths::with_container_netns(&sandbox, &wiring);
     let server = Server::start(&sandbox, paths.server());
     let capture = Capture::start(&sandbox, paths.server());

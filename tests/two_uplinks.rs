@@ -545,7 +545,6 @@ fn start_lxc<'a>(world: &World<'a>, starter: Starter, wish: Wish, early: &str) -
 }
 
 fn lxc_world(sandbox: &Sandbox, dual_stack: bool) -> World<'_> {
-    sandbox.patient_policy("");
     let paths = two_bridges(sandbox);
     if dual_stack {
         sandbox.sh("ip addr add fd00:1::1/64 dev br0 nodad; ip addr add fd00:2::1/64 dev br1 nodad");
