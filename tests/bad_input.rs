@@ -224,7 +224,7 @@ fn a_recycled_pid_is_another_process() {
          until [ \"$got\" = {pid} ]; do
            [ -z \"$got\" ] || kill \"$got\"
            echo {} >/proc/sys/kernel/ns_last_pid
-           nsenter --net=/run/netns/other sleep 1000 &
+           exec nsenter --net=/run/netns/other sleep 1000 &
            got=$!
          done
          there=$(stat -L -c %i /run/netns/other)
