@@ -1113,9 +1113,10 @@ fn whoever_changes_all_the_time_keeps_nobody_waiting() {
     assert!(size.trim().parse::<u64>().expect("a size") < 20_000, "{size}");
     let status = sandbox.hook(&["status"]).ok();
     assert!(status.contains("more: a namespace has at most 8") && status.len() < 5000, "{} bytes", status.len());
-    // Before the agent may have to wait for somebody.
+    // Before the agent may have to wait for somebody. Whose addresses change all the time may not get to be listed.
     let said = journal.entries();
-    assert!(!said.iter().any(|entry| entry.contains("could not be")), "{said:#?}");
+    let is_trouble = |entry: &String| entry.contains("could not be") && !entry.contains("changed during each");
+    assert!(!said.iter().any(is_trouble), "{said:#?}");
     sandbox.hook(&["apply", busy.id(), "--interface", "eth1=subflow"]).ok();
     assert!(sandbox.endpoints_on(&busy.netns(), "eth1").iter().all(|endpoint| endpoint.flags == ["subflow"]));
     assert_eq!(agent(&sandbox), pid);

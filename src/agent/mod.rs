@@ -48,12 +48,12 @@ const PATIENCE: Duration = Duration::from_millis(20);
 const GRACE: Duration = Duration::from_millis(50);
 /// When the settings are looked at again: the runtime writes `linux.sysctl` after the hook.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
-/// The first pause after something did not work; it doubles with each.
+/// The first pause after something did not work; then it is as long as that has lasted.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// After how many tries it is said that something does not work.
-const TRIES_MAX: u32 = 8;
-/// The longest pause, and the least time from the start of a process for one container that was killed or failed to the
-/// start of the next.
+/// After how long it is said.
+const BEARABLE: Duration = Duration::from_secs(10);
+/// The longest such pause, and the least time from the start of a process for one container that was killed or failed to
+/// the start of the next.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often processes are looked at where the kernel has no pidfd (before Linux 5.3).
 const PROCESS_POLL: Duration = Duration::from_millis(20);
@@ -176,12 +176,35 @@ enum Task {
     Release,
 }
 
-/// A task for later, and how often it was tried.
+/// A task for later.
 struct Later {
     when: Instant,
     key: String,
     task: Task,
-    tries: u32,
+    trouble: Option<Trouble>,
+}
+
+/// A task does not work, however often it is tried and whatever for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Trouble {
+    /// When that was found first.
+    since: Instant,
+    /// Whether it was said.
+    is_said: bool,
+}
+
+impl Later {
+    fn is_for(&self, key: &str, task: Task) -> bool {
+        self.key == key && self.task == task
+    }
+}
+
+impl Trouble {
+    /// That of a task which is to be done for two reasons.
+    fn of_both(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        let both = one.into_iter().chain(other);
+        both.reduce(|one, other| Self { since: one.since.min(other.since), is_said: one.is_said || other.is_said })
+    }
 }
 
 /// Follows containers until nobody has needed it for a minute.
@@ -259,7 +282,7 @@ struct Agent<'a> {
     /// Until when a container gets no other process, whose last one was killed or failed.
     resting: BTreeMap<String, Instant>,
     next_number: u64,
-    tasks: VecDeque<(String, Task, u32)>,
+    tasks: VecDeque<(String, Task, Option<Trouble>)>,
     later: Vec<Later>,
     /// When processes without a pidfd are looked at again.
     next_poll: Instant,
@@ -343,8 +366,8 @@ impl<'a> Agent<'a> {
             self.poll_processes();
             self.take_up_what_is_due();
             // One at a time: whoever ends meanwhile comes first.
-            if let Some((key, task, tries)) = self.tasks.pop_front() {
-                self.perform(&key, task, tries);
+            if let Some((key, task, trouble)) = self.tasks.pop_front() {
+                self.perform(&key, task, trouble);
             } else if self.may_end() {
                 return Ok(End::Idle);
             }
@@ -391,22 +414,20 @@ impl<'a> Agent<'a> {
             // Whoever changes all the time lets the others go first.
             let pause = self.containers.get(key).map(|container| container.pace.pause(Instant::now()));
             if let Some(pause) = pause.filter(|pause| !pause.is_zero()) {
-                return self.queue_later(key, task, pause, 0);
+                return self.queue_later(key, task, pause, None);
             }
         }
         if !self.tasks.iter().any(|(queued, what, _)| queued == key && *what == task) {
-            self.tasks.push_back((key.into(), task, 0));
+            self.tasks.push_back((key.into(), task, None));
         }
     }
 
     /// Instead of the same task at another time: each of them would be tried again by itself.
-    fn queue_later(&mut self, key: &str, task: Task, pause: Duration, tries: u32) {
-        let is_same = |later: &Later| later.key == key && later.task == task;
-        // So that it is said once that it does not work, however often something happens meanwhile.
-        let before = self.later.iter().filter(|later| is_same(later)).map(|later| later.tries).max();
-        self.later.retain(|later| !is_same(later));
-        let tries = tries.max(before.unwrap_or_default());
-        self.later.push(Later { when: Instant::now() + pause, key: key.into(), task, tries });
+    fn queue_later(&mut self, key: &str, task: Task, pause: Duration, trouble: Option<Trouble>) {
+        let position = self.later.iter().position(|later| later.is_for(key, task));
+        let before = position.and_then(|position| self.later.swap_remove(position).trouble);
+        let trouble = Trouble::of_both(trouble, before);
+        self.later.push(Later { when: Instant::now() + pause, key: key.into(), task, trouble });
     }
 
     fn take_up_what_is_due(&mut self) {
@@ -417,10 +438,10 @@ impl<'a> Agent<'a> {
                 position += 1;
                 continue;
             }
-            let Later { key, task, tries, .. } = self.later.swap_remove(position);
+            let Later { key, task, trouble, .. } = self.later.swap_remove(position);
             match self.tasks.iter_mut().find(|(queued, what, _)| *queued == key && *what == task) {
-                Some((_, _, before)) => *before = tries.max(*before),
-                None => self.tasks.push_back((key, task, tries)),
+                Some((_, _, queued)) => *queued = Trouble::of_both(trouble, *queued),
+                None => self.tasks.push_back((key, task, trouble)),
             }
         }
     }
@@ -485,7 +506,7 @@ impl<'a> Agent<'a> {
                 report::say(Priority::Warning, None, &format!("{error:#}"));
             }
         }
-        self.tasks.push_front((key, Task::Release, 0));
+        self.tasks.push_front((key, Task::Release, None));
     }
 
     fn changed(&mut self, number: u64) {
@@ -609,7 +630,7 @@ impl<'a> Agent<'a> {
 
     // --- what it does -----------------------------------------------------------------------------------------------
 
-    fn perform(&mut self, key: &str, task: Task, tries: u32) {
+    fn perform(&mut self, key: &str, task: Task, trouble: Option<Trouble>) {
         let begin = Instant::now();
         let done = match task {
             Task::Begin => self.begin(key),
@@ -621,15 +642,22 @@ impl<'a> Agent<'a> {
         if let (Task::Look, Some(container)) = (task, self.containers.get_mut(key)) {
             container.pace.worked(begin.elapsed(), Instant::now());
         }
-        let Err(error) = done else { return };
-        let pause = (FIRST_PAUSE * 2_u32.pow(tries.min(TRIES_MAX))).min(LONGEST_PAUSE);
-        if self.policy_error.is_some() {
-            // That was said once, and nothing is forgotten over it.
-            self.queue_later(key, task, LONGEST_PAUSE.min(pause), tries.min(TRIES_MAX - 1) + 1);
+        let again = self.later.iter_mut().find(|later| later.is_for(key, task));
+        let Err(error) = done else {
+            if let Some(later) = again {
+                later.trouble = None;
+            }
             return;
-        }
-        self.queue_later(key, task, pause, tries + 1);
-        if tries != TRIES_MAX {
+        };
+        let now = Instant::now();
+        let trouble = Trouble::of_both(trouble, again.and_then(|later| later.trouble));
+        let mut trouble = trouble.unwrap_or(Trouble { since: now, is_said: false });
+        let lasted = now.duration_since(trouble.since);
+        // What is wrong with the policy was said once.
+        let says = lasted >= BEARABLE && !trouble.is_said && self.policy_error.is_none();
+        trouble.is_said |= says;
+        self.queue_later(key, task, lasted.clamp(FIRST_PAUSE, LONGEST_PAUSE), Some(trouble));
+        if !says {
             return;
         }
         let name = self.containers.get(key).map_or(key, |container| &container.name);
@@ -817,7 +845,7 @@ impl<'a> Agent<'a> {
         let Record { instance, name, .. } = record;
         let rests = self.resting.get(key).map(|until| until.saturating_duration_since(Instant::now()));
         if let Some(rest) = rests.filter(|rest| !rest.is_zero()) {
-            self.queue_later(key, Task::Begin, rest, 0);
+            self.queue_later(key, Task::Begin, rest, None);
             return Ok(None);
         }
         let lock = match self.ledger.has_agent_of_its_engine(key) {
@@ -825,7 +853,7 @@ impl<'a> Agent<'a> {
             false => self.ledger.try_agent_lock(Some(key))?,
         };
         let Some(lock) = lock else {
-            self.queue_later(key, Task::Begin, LINGER / 2, 0);
+            self.queue_later(key, Task::Begin, LINGER / 2, None);
             return Ok(None);
         };
         let members = self.watch.directory(&self.ledger.members_directory(&instance.netns))?;
@@ -908,7 +936,7 @@ impl<'a> Agent<'a> {
                 }
                 self.choose_what_to_hear()?;
                 if let Some(since) = since {
-                    self.queue_later(key, Task::Look, GRACE.saturating_sub(since.elapsed()), 0);
+                    self.queue_later(key, Task::Look, GRACE.saturating_sub(since.elapsed()), None);
                 }
             }
             // The ledger's list says the rest.
@@ -977,7 +1005,7 @@ impl<'a> Agent<'a> {
         if let Some(container) = self.containers.get_mut(key) {
             container.drifted = drifted;
             if !std::mem::replace(&mut container.seen, true) {
-                self.queue_later(key, Task::Settings, SECOND_LOOK, 0);
+                self.queue_later(key, Task::Settings, SECOND_LOOK, None);
             }
         }
         Ok(())
