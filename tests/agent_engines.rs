@@ -128,6 +128,8 @@ fn assert_agent_lives_on(sandbox: &Sandbox, before: Option<u32>) {
 #[track_caller]
 fn assert_detached(sandbox: &Sandbox, agent: u32) {
     let proc = sandbox.outside(&format!("/proc/{agent}"));
+    // The hook says who the agent is before it has come so far; its name is the last that it changes.
+    wait_until("an agent that is itself", LIMIT, || forked_agents(sandbox).contains(&agent));
     let stat = std::fs::read_to_string(proc.join("stat")).expect("the agent lives");
     let fields: Vec<&str> = stat.rsplit_once(')').expect("a command's name").1.split_whitespace().collect();
     assert_eq!(fields[3], agent.to_string(), "not the leader of a session: {stat}");
