@@ -76,10 +76,7 @@ fn wire(sandbox: &Sandbox, name: &str, netns: &str) {
     // The kernel notices when it gets to it. Until then it drops an address with a lifetime that has to prove itself, and
     // later it would wake the agent.
     sandbox.settle(&inside);
-    wait_until("the other ends", LIMIT, || {
-        let ends = sandbox.ip_in(&Netns::Host, &format!("link show {name}0\nlink show {name}1"));
-        ends.matches("state UP").count() == 2
-    });
+    sandbox.wait_up(&Netns::Host, &[format!("{name}0"), format!("{name}1")]);
 }
 
 /// ip-address(8) in a container.
@@ -810,7 +807,7 @@ fn addresses_that_apply_would_not_use_are_not_used() {
     container.oci(&BACKUP).ok();
     agent(&sandbox);
     // Before that the kernel takes a temporary address for one that has failed.
-    wait_until("the link", LIMIT, || sandbox.sh_in(&container.netns(), "ip -o link show eth1").contains("state UP"));
+    sandbox.wait_up(&container.netns(), &["eth1"]);
     sandbox.sh_in(
         &container.netns(),
         "echo 2 >/proc/sys/net/ipv6/conf/eth1/use_tempaddr

@@ -488,10 +488,8 @@ fn agent_keeps_the_endpoint_of_a_link_that_flaps() {
 
     // The kernel notices when it gets to it, and drops until then what is sent.
     let wait_for_carrier = || {
-        wait_until("the carrier", LIMIT, || {
-            let is_up = |netns, link: &str| sandbox.ip_in(netns, &format!("link show {link}")).contains("state UP");
-            is_up(&netns, "eth1") && is_up(&Netns::Host, &host_end)
-        });
+        sandbox.wait_up(&netns, &["eth1"]);
+        sandbox.wait_up(&Netns::Host, &[&host_end]);
     };
     let eth1 = |what: &str| container.sh(&format!("/bin/busybox ip link set eth1 {what}"));
     let unchanged = |when: &str| {

@@ -216,8 +216,8 @@ fn a_recycled_pid_is_another_process() {
          ip -n other link set far up
          ip -n other mptcp endpoint add 10.0.2.2 id 1 dev eth1 subflow backup
          ip netns exec other sh -c 'echo 9 >/proc/sys/net/mptcp/stale_loss_cnt'");
-    // The kernel notices when it gets to it, and what is compared has the links' states.
-    wait_until("links that are up", LIMIT, || sandbox.sh("ip -n other -o link show").matches("state UP").count() == 2);
+    // What is compared has the links' states.
+    sandbox.wait_up(&Netns::named("other"), &["eth1", "far"]);
     // Others start processes, too, and may be given the pid first.
     let script = format!(
         "got=

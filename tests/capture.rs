@@ -30,17 +30,10 @@ impl Listening {
         Self { running }
     }
 
-    /// The whole lines until now; the last one may be half written.
-    fn lines(&self) -> Vec<String> {
-        let out = self.running.stdout();
-        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
-        whole.lines().map(str::to_owned).collect()
-    }
-
     /// The packets until now, by `--json`.
     fn packets(&self) -> Vec<Value> {
         let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"));
-        self.lines().iter().map(parse).collect()
+        self.running.lines().iter().map(parse).collect()
     }
 
     /// All packets when there is an end of them: [`mark`] comes last, and what came before it is in the file as well.
@@ -64,7 +57,7 @@ impl Listening {
     #[track_caller]
     fn wait_line(&self, parts: &[&str]) -> String {
         wait_for(&format!("a line with {parts:?}"), LIMIT, || {
-            self.lines().into_iter().find(|line| parts.iter().all(|part| line.contains(part)))
+            self.running.lines().into_iter().find(|line| parts.iter().all(|part| line.contains(part)))
         })
     }
 }
@@ -341,7 +334,7 @@ fn what_a_person_looks_for_is_on_the_line() {
     sandbox.hook(&["apply", container.id(), "--interface", "eth1=backup"]).ok();
     capture.wait_line(&[" eth1 out 10.0.2.2:", "MP_PRIO backup"]);
     drop(sender);
-    for line in capture.lines() {
+    for line in capture.running.lines() {
         let time = line.split(' ').next().expect("a time");
         assert!(time.len() == 15 && time.as_bytes()[8] == b'.', "{line}");
     }

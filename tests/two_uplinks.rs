@@ -243,9 +243,8 @@ impl Watching {
     /// backup).
     fn joins(&self, flags: &Value) -> Vec<(String, String, String, String, bool)> {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let out = self.running.stdout();
-        // The last line may be half written.
-        let packets = out.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let lines = self.running.lines();
+        let packets = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let joins = packets.filter(|packet| packet["flags"] == *flags).filter_map(|packet| {
             let options = packet["options"].as_array()?;
             let join = options.iter().find(|option| option["subtype"] == "MP_JOIN")?;

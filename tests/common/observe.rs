@@ -1,5 +1,6 @@
 //! What the kernel, the hook's `status` and its log say, read independently of the hook's own code.
 
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -134,6 +135,14 @@ impl Sandbox {
     #[track_caller]
     pub fn settle(&self, netns: &Netns) {
         wait_until("links and addresses that are settled", LIMIT, || self.inside(netns, is_settled));
+    }
+
+    /// Waits until the kernel has noticed that these links are up, ready to send: it does that when it gets to it.
+    #[track_caller]
+    pub fn wait_up(&self, netns: &Netns, links: &[impl Display]) {
+        let show: String = links.iter().map(|link| format!("link show dev {link}\n")).collect();
+        let are_up = || self.ip_in(netns, &show).matches("state UP").count() == links.len();
+        wait_until("links that are up", LIMIT, are_up);
     }
 
     /// `mptcp-hook status --json`.

@@ -259,9 +259,7 @@ impl<'a> TwoPaths<'a> {
     /// Takes the server's end of `interface` up again, and waits until the kernel has noticed.
     pub fn mend(&self, interface: &str) {
         self.sandbox.ip_in(&self.server, &format!("link set {interface} up"));
-        let show = ["ip", "-o", "link", "show", "dev", interface];
-        let is_up = || self.sandbox.run_in(&self.server, &show).ok().contains("state UP");
-        wait_until("a carrier", LIMIT, is_up);
+        self.sandbox.wait_up(&self.server, &[interface]);
     }
 
     /// Bytes that came in at the server over `interface`, headers included.

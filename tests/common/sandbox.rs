@@ -154,6 +154,13 @@ impl Running {
         contents(&self.stdout)
     }
 
+    /// The lines of that; the last one may be half written, and is left out then.
+    pub fn lines(&self) -> Vec<String> {
+        let out = self.stdout();
+        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
+        whole.lines().map(str::to_owned).collect()
+    }
+
     /// What it has printed on stderr until now.
     pub fn stderr(&self) -> String {
         contents(&self.stderr)

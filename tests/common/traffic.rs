@@ -72,10 +72,7 @@ impl Server {
 
     /// The lines `received N bytes ...` until now, one per finished connection.
     pub fn received(&self) -> Vec<String> {
-        let out = self.process.stdout();
-        // The last line may be half written.
-        let whole = out.rfind('\n').map_or("", |end| &out[..end]);
-        whole.lines().filter(|line| line.starts_with("received")).map(str::to_owned).collect()
+        self.process.lines().into_iter().filter(|line| line.starts_with("received")).collect()
     }
 }
 
